@@ -1,0 +1,52 @@
+"""Errors meant for the person at the keyboard: what happened, what to do, and the exit code.
+
+    FluxsplitError        1  an item failed, a file is damaged or refused
+    ├─ UsageError         2  an argument cannot be used as given
+    ├─ ModelFileMissing   3  weights or tokenizers are not where they were looked for
+    └─ OutOfMemory        4  a stage needs more memory than the device has
+
+Everything else that escapes is a bug of ours; its traceback is shown by `--debug`.
+"""
+
+from __future__ import annotations
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+class FluxsplitError(Exception):
+    """What happened (`message`, with the values) and what to do about it (`hint`, may be empty)."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def line(self) -> str:
+        """Message and hint on one line, control characters of file names and metadata made visible."""
+        text = f"{self.message}; {self.hint}" if self.hint else self.message
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class UsageError(FluxsplitError):
+    """An argument cannot be used as given."""
+
+    exit_code = 2
+
+
+class ModelFileMissing(FluxsplitError):
+    """Weights or tokenizers are not where they were looked for."""
+
+    exit_code = 3
+
+
+class OutOfMemory(FluxsplitError):
+    """A stage needs more memory than the device has."""
+
+    exit_code = 4
+
+
+ERRORS_BY_EXIT_CODE: dict[int, type[FluxsplitError]] = {
+    error.exit_code: error for error in (FluxsplitError, UsageError, ModelFileMissing, OutOfMemory)
+}

@@ -1,0 +1,119 @@
+"""What one stage process is asked to do: frozen dataclasses that cross the process boundary as JSON.
+
+Only paths, numbers and text cross it, never a tensor. A job comes from the parent process, not from
+strangers, so reading one back is plain.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where each part of a Flux model is. Several parts may be the same all-in-one file."""
+
+    transformer: str
+    text_encoder: str = ""
+    """T5; empty where a saved conditioning makes it needless."""
+    clip: str = ""
+    vae: str = ""
+    tokenizers: str = ""
+    """Folder that holds `t5xxl/tokenizer.json`, `clip_l/vocab.json` and `clip_l/merges.txt`."""
+    is_demo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextJob:
+    """Encode prompts with T5 and CLIP; each result is a conditioning file (safetensors: t5, pooled)."""
+
+    prompts: tuple[str, ...]
+    outputs: tuple[str, ...]
+    """One path for each prompt."""
+    text_encoder: str
+    clip: str
+    tokenizers: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageJob:
+    """One picture to sample. None stands for the model's own default."""
+
+    prompt: str
+    conditioning: str
+    """Path of the conditioning file made from the prompt."""
+    seed: int
+    width: int
+    height: int
+    steps: int | None = None
+    guidance: float | None = None
+    cfg: float = 1.0
+    negative: str = ""
+    negative_conditioning: str = ""
+    sampler: str = "euler"
+    scheduler: str = "simple"
+    sigmas: tuple[float, ...] = ()
+    """Given noise levels; empty for the scheduler's."""
+    shift: float | None = None
+    """mu; None for the model's own rule (`auto`)."""
+    noise_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleJob:
+    """Sample every image with one load of the transformer; each becomes a latent file in `out`."""
+
+    images: tuple[ImageJob, ...]
+    files: ModelFiles
+    out: str
+    format: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """Decode every latent file with one load of the VAE; each becomes a PNG in `out`."""
+
+    latents: tuple[str, ...]
+    vae: str
+    out: str
+    device: str
+    dtype: str = "auto"
+    overwrite: bool = False
+    delete_latents: bool = False
+
+
+Job = TextJob | SampleJob | DecodeJob
+STAGES: dict[str, type[TextJob] | type[SampleJob] | type[DecodeJob]] = {
+    "text": TextJob,
+    "sample": SampleJob,
+    "decode": DecodeJob,
+}
+
+
+def job_to_json(job: Job) -> str:
+    """One line of JSON that `job_from_json` reads back."""
+    return json.dumps(asdict(job))
+
+
+def job_from_json(stage: str, text: str) -> Job:
+    """The job of `stage` in `text`; raises KeyError or TypeError where the parent and the stage disagree."""
+    table = json.loads(text)
+    if stage == "sample":
+        table["files"] = ModelFiles(**table["files"])
+        table["images"] = tuple(
+            ImageJob(**{**image, "sigmas": tuple(image["sigmas"])}) for image in table["images"]
+        )
+    for name in ("prompts", "outputs", "latents"):
+        if name in table:
+            table[name] = tuple(table[name])
+    return STAGES[stage](**table)
+
+
+def absolute(path: str | Path) -> str:
+    """An absolute path without resolving links, so that a stage need not run where the command ran."""
+    return str(Path(path).expanduser().absolute())
