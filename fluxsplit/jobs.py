@@ -20,8 +20,10 @@ class ModelFiles:
     """T5; empty where a saved conditioning makes it needless."""
     clip: str = ""
     vae: str = ""
-    tokenizers: str = ""
-    """Folder that holds `t5xxl/tokenizer.json`, `clip_l/vocab.json` and `clip_l/merges.txt`."""
+    t5_tokenizer: str = ""
+    """Path of T5's `tokenizer.json`."""
+    clip_tokenizer: str = ""
+    """Folder that holds CLIP's `vocab.json` and `merges.txt`."""
     is_demo: bool = False
 
 
@@ -34,7 +36,8 @@ class TextJob:
     """One path for each prompt."""
     text_encoder: str
     clip: str
-    tokenizers: str
+    t5_tokenizer: str
+    clip_tokenizer: str
     device: str
 
 
@@ -105,9 +108,7 @@ def job_from_json(stage: str, text: str) -> Job:
     table = json.loads(text)
     if stage == "sample":
         table["files"] = ModelFiles(**table["files"])
-        table["images"] = tuple(
-            ImageJob(**{**image, "sigmas": tuple(image["sigmas"])}) for image in table["images"]
-        )
+        table["images"] = tuple(ImageJob(**{**image, "sigmas": tuple(image["sigmas"])}) for image in table["images"])
     for name in ("prompts", "outputs", "latents"):
         if name in table:
             table[name] = tuple(table[name])

@@ -95,9 +95,13 @@ class Recipe:
         for text in (self.prompt, self.negative):
             _check(len(text) <= MAX_TEXT_CHARS, f"a prompt of {len(text)} characters is over {MAX_TEXT_CHARS}")
 
+    def to_object(self) -> dict[str, Any]:
+        """The JSON object that `recipe_from_object` reads, with the schema's number."""
+        return {"fluxsplit": SCHEMA, **asdict(self)}
+
     def to_json(self) -> str:
-        """One line of JSON, with the schema's number; floats are written so that they read back exactly."""
-        return json.dumps({"fluxsplit": SCHEMA, **asdict(self)}, ensure_ascii=False, allow_nan=False)
+        """One line of JSON; floats are written so that they read back exactly."""
+        return json.dumps(self.to_object(), ensure_ascii=False, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> Recipe:

@@ -1,0 +1,162 @@
+"""What people type, read strictly: seeds and ranges, sizes, noise levels, prompts, choices."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.recipe import MAX_SEED, MAX_TEXT_CHARS, check_sigmas, check_size
+from fluxsplit.settings import nearest
+
+MAX_IMAGES = 10_000
+MAX_INPUT_CHARS = 100_000_000
+_SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
+_SEED = re.compile(r"\s*(\d{1,30})\s*(?:\.\.\s*(\d{1,30})\s*)?", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of `WxH`; raises UsageError, with the nearest sizes that work."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT", "write it as 1024x768")
+    width, height = int(match[1]), int(match[2])
+    check_size(width, height)
+    return width, height
+
+
+def parse_seeds(texts: Sequence[str], count: int) -> list[int]:
+    """Every seed of numbers and ranges `7..15`, each followed by its `count - 1` successors; none twice."""
+    if not 1 <= count <= MAX_IMAGES:
+        raise UsageError(f"count {count} is outside 1..{MAX_IMAGES}")
+    seeds: dict[int, None] = {}
+    for text in texts:
+        match = _SEED.fullmatch(text)
+        if not match:
+            raise UsageError(f"seed {text!r} is neither a number nor a range", "write it as 7 or 7..15")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UsageError(f"seed range {text!r} runs backwards", f"write it as {last}..{first}")
+        if last + count - 1 > MAX_SEED:
+            what = f"seed {last}" if count == 1 else f"seed {last} with --count {count}"
+            raise UsageError(f"{what} goes beyond 2^64-1", f"the largest seed is {MAX_SEED}")
+        if last - first + count + len(seeds) > MAX_IMAGES:
+            raise UsageError(
+                f"{last - first + count} seeds are asked for", f"one run makes at most {MAX_IMAGES} images"
+            )
+        seeds.update(dict.fromkeys(range(first, last + count)))
+    return list(seeds)
+
+
+def draw_seed() -> int:
+    """A seed of 32 bits: more would lose digits in programs that keep seeds as JavaScript numbers."""
+    return secrets.randbelow(2**32)
+
+
+def parse_sigmas(text: str) -> tuple[float, ...]:
+    """Noise levels with commas or spaces between them, falling from at most 1 to 0."""
+    words = text.replace(",", " ").split()
+    try:
+        sigmas = tuple(float(word) for word in words)
+    except ValueError:
+        raise UsageError(f"sigmas {text[:80]!r} are not numbers", "write them as 1,0.75,0.5,0.25,0") from None
+    try:
+        check_sigmas(sigmas)
+    except FluxsplitError as error:
+        raise UsageError(error.message, "write them as 1,0.75,0.5,0.25,0") from None
+    return sigmas
+
+
+def parse_shift(text: str) -> float | None:
+    """mu of the time shift; None for `auto`."""
+    if text.strip().lower() == "auto":
+        return None
+    try:
+        shift = float(text)
+    except ValueError:
+        raise UsageError(f"shift {text!r} is neither auto nor a number", "ComfyUI's usual shift is 1.15") from None
+    if not math.isfinite(shift) or abs(shift) > 100:
+        raise UsageError(f"shift {text} is outside -100..100")
+    return shift
+
+
+def check_choice(flag: str, value: str, known: Iterable[str]) -> str:
+    """`value` if it is one of the known words; raises UsageError with the nearest."""
+    words = list(known)
+    if value not in words:
+        raise UsageError(f"--{flag} {value!r} is not one of {', '.join(words)}", nearest(value, words))
+    return value
+
+
+def check_device(name: str) -> str:
+    """`name` if it may be a device; whether it is there only the stage can tell."""
+    if not _DEVICE.fullmatch(name):
+        raise UsageError(f"device {name!r} is not known", "use auto, cpu or cuda:N")
+    return name
+
+
+def check_range(flag: str, value: float, low: float, high: float) -> None:
+    """Raise UsageError unless `value` lies in low..high (NaN does not)."""
+    if not low <= value <= high:
+        raise UsageError(f"--{flag} {value:g} is outside {low:g}..{high:g}")
+
+
+def prompts_of_lines(lines: Iterable[str], where: str) -> list[str]:
+    """One prompt a line; blank lines and those that start with # are skipped. Raises UsageError where none is left."""
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise UsageError(f"{where} holds no prompt", "write one prompt a line")
+    return prompts
+
+
+def gather_prompts(given: Sequence[str], file: str) -> list[str]:
+    """Prompts of the command line, of a file, and of stdin where `-` or nothing is given; in that order."""
+    prompts: list[str] = []
+    for text in given:
+        prompts += prompts_of_lines(read_stdin(), "stdin") if text == "-" else [text]
+    if file == "-":
+        prompts += prompts_of_lines(read_stdin(), "stdin")
+    elif file:
+        prompts += prompts_of_lines(_read_lines(Path(file).expanduser()), file)
+    if not given and not file:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("there is no prompt", 'give one, as --prompt "a red circle", or pipe prompts in')
+        prompts = prompts_of_lines(read_stdin(), "stdin")
+    return [check_prompt(prompt) for prompt in dict.fromkeys(prompts)]
+
+
+def check_prompt(prompt: str) -> str:
+    """`prompt` if it is text that can be kept; raises UsageError."""
+    if len(prompt) > MAX_TEXT_CHARS:
+        raise UsageError(f"a prompt of {len(prompt)} characters is over {MAX_TEXT_CHARS}")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"prompt {prompt[:40]!r} is not valid text", "use a terminal set to UTF-8") from None
+    return prompt
+
+
+def read_stdin() -> list[str]:
+    """The lines on stdin, as UTF-8 whatever the locale."""
+    data = sys.stdin.buffer.read(MAX_INPUT_CHARS) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    return _decoded(data, "stdin")
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as stream:
+            return _decoded(stream.read(MAX_INPUT_CHARS), str(file))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _decoded(data: bytes, where: str) -> list[str]:
+    try:
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{where} is not UTF-8 text", "save it as UTF-8") from None

@@ -1,0 +1,58 @@
+"""The environment and the command line that a stage process starts with.
+
+Variables that must precede `import torch` are set here, each only where the person has not set it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+_DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MIOPEN_FIND_MODE": "2",  # the exhaustive search took 10 to 23 minutes at the first decode (unsloth#11636)
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONUTF8": "1",
+}
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """A command that runs a module of this package, with nothing taken from the current folder (`-P`)."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES) -> dict[str, str]:
+    """`base` with what a stage needs set, where it is not set already."""
+    environment = _DEFAULTS | dict(base)
+    if "HSA_OVERRIDE_GFX_VERSION" not in base and needs_gfx_override(gfx_versions(kfd_nodes)):
+        environment["HSA_OVERRIDE_GFX_VERSION"] = "10.3.0"
+    root = Path(__file__).absolute().parents[1]
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
+        known = [part for part in (str(root), base.get("PYTHONPATH", "")) if part]
+        environment["PYTHONPATH"] = ";".join(known) if sys.platform == "win32" else ":".join(known)
+    return environment
+
+
+def gfx_versions(nodes: Path) -> list[int]:
+    """`gfx_target_version` of every AMD graphics card that the kernel lists, as 100301 for gfx1031."""
+    versions = []
+    for properties in sorted(nodes.glob("*/properties")):
+        with contextlib.suppress(OSError, ValueError):
+            table = dict(line.split(None, 1) for line in properties.read_text().splitlines() if " " in line)
+            versions.append(int(table.get("gfx_target_version", "0")))
+    return [version for version in versions if version]
+
+
+def needs_gfx_override(versions: Iterable[int]) -> bool:
+    """Whether ROCm's gfx1030 kernels must be claimed: RDNA2 cards only, one of them not gfx1030 itself.
+
+    gfx1031 and its sisters share gfx1030's instructions, but ROCm ships kernels for gfx1030 alone. The variable
+    counts for every card, so that a card of another family beside it rules it out.
+    """
+    cards = list(versions)
+    return all(100300 <= card <= 100306 for card in cards) and any(card != 100300 for card in cards)

@@ -1,0 +1,361 @@
+"""The `fluxsplit` command: arguments → jobs, events → terminal; and the one place where errors are caught."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fluxsplit import __version__
+from fluxsplit.cli_help import GroupedCommand
+from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
+
+FILES, PICTURE, SAMPLER, MACHINE, OUTPUT = "Model files", "Picture", "Sampling", "Machine", "Output"
+
+app = typer.Typer(
+    name="fluxsplit",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done, 1 some items failed, 2 usage, 3 a model file is missing, 4 out of memory, "
+    "130 interrupted.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fluxsplit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+) -> None:
+    """FLUX.1 pictures on small graphics cards: encode, sample and decode in processes of their own."""
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="FILE",
+        rich_help_panel=FILES,
+        help="Weight file, diffusers folder, or a file name in ComfyUI's folders.",
+    ),
+]
+Vae = Annotated[
+    str | None, typer.Option(metavar="FILE", rich_help_panel=FILES, help="VAE file, where the model file holds none.")
+]
+ComfyUI = Annotated[
+    str | None,
+    typer.Option(
+        "--comfyui", metavar="DIR", rich_help_panel=FILES, help="ComfyUI's folder, searched for files. [~/ComfyUI]"
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="auto|cpu|cuda:N", rich_help_panel=MACHINE, help="Where to compute. [auto]")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="auto|fp32|bf16|fp16", rich_help_panel=MACHINE, help="What to compute in. [auto]"),
+]
+Json = Annotated[bool | None, typer.Option("--json", rich_help_panel=OUTPUT, help="Results as JSON lines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+Quiet = Annotated[
+    bool | None, typer.Option("--quiet/--no-quiet", "-q", rich_help_panel=OUTPUT, help="Only results and errors.")
+]
+
+SAMPLE_EXAMPLES = """Examples:
+  fluxsplit sample -p "a red circle above a blue square on white"
+  fluxsplit sample -m flux1-schnell-fp8.safetensors -p "a lighthouse at dusk" -n 4 --size 1152x896
+  fluxsplit sample -m flux1-dev-fp8.safetensors --prompt-file prompts.txt --seed 7..15 --steps 28
+  fluxsplit sample -p "a fox" | fluxsplit decode -
+"""
+DECODE_EXAMPLES = """Examples:
+  fluxsplit decode latents
+  fluxsplit decode latents/*.pt --out pictures --delete-latents
+  fluxsplit decode ComfyUI_00001_.latent --vae ae.safetensors
+"""
+
+
+@app.command(cls=GroupedCommand, epilog=SAMPLE_EXAMPLES, short_help="Render prompts to latent files.")
+def sample(
+    context: typer.Context,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            rich_help_panel=PICTURE,
+            help="What to show; repeatable; - reads one a line from stdin.",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", rich_help_panel=PICTURE, help="File with one prompt a line; # starts a comment."),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", rich_help_panel=PICTURE, help="What to steer away from; needs --cfg above 1."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [1024x1024; demo model 512x512]"
+        ),
+    ] = None,
+    seed: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N|N..M", rich_help_panel=PICTURE, help="Seed or range; repeatable. [drawn, and printed on stderr]"
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--count", "-n", metavar="N", rich_help_panel=PICTURE, help="Images for each prompt: seeds s, s+1, ... [1]"
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", rich_help_panel=SAMPLER, help="Sampling steps. [schnell 4, dev 20]")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="X", rich_help_panel=SAMPLER, help="Distilled guidance of dev models. [3.5]")
+    ] = None,
+    cfg: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", rich_help_panel=SAMPLER, help="True guidance; above 1 a step takes twice as long. [1]"
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="euler|heun|dpmpp_2m", rich_help_panel=SAMPLER, help="Sampler. [euler]")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="simple|normal|beta|sgm_uniform", rich_help_panel=SAMPLER, help="How noise levels fall. [simple]"
+        ),
+    ] = None,
+    shift: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|MU",
+            rich_help_panel=SAMPLER,
+            help="Time shift mu; auto: by resolution for dev, none for schnell. ComfyUI: 1.15. [auto]",
+        ),
+    ] = None,
+    sigmas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", rich_help_panel=SAMPLER, help="The noise levels themselves, as 1,0.75,0.5,0.25,0."
+        ),
+    ] = None,
+    noise_index: Annotated[
+        int | None,
+        typer.Option(metavar="I", rich_help_panel=SAMPLER, help="Item of a ComfyUI batch to take the noise of. [0]"),
+    ] = None,
+    model: Model = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", rich_help_panel=FILES, help="T5 file, where the model file holds none."),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", rich_help_panel=FILES, help="CLIP-L file, where the model file holds none."),
+    ] = None,
+    vae: Vae = None,
+    tokenizers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=FILES,
+            help="Holds t5xxl/tokenizer.json, clip_l/vocab.json, clip_l/merges.txt.",
+        ),
+    ] = None,
+    comfyui: ComfyUI = None,
+    conditioning: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", rich_help_panel=FILES, help="An encoded prompt; no text encoder is needed then."),
+    ] = None,
+    save_conditioning: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", rich_help_panel=FILES, help="Keep the encoded prompt for --conditioning."),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for latent files. [latents]"),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="pt|safetensors|latent", rich_help_panel=OUTPUT, help="Format of latent files. [pt]"),
+    ] = None,
+    dry_run: Annotated[
+        bool | None, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show what would be done, and do nothing.")
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = None,
+    debug: Debug = False,
+) -> None:
+    """Render prompts to latent files, one for each prompt and seed; their paths are printed on stdout."""
+    raise typer.Exit(_run("sample", _given(context)))
+
+
+@app.command(cls=GroupedCommand, epilog=DECODE_EXAMPLES, short_help="Decode latent files to PNGs.")
+def decode(
+    context: typer.Context,
+    latents: Annotated[
+        list[str], typer.Argument(metavar="LATENT", help="Latent files, folders of them, or - for names on stdin.")
+    ],
+    vae: Vae = None,
+    model: Model = None,
+    comfyui: ComfyUI = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for pictures. [images]"),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace pictures of the same name."),
+    ] = None,
+    delete_latents: Annotated[
+        bool | None,
+        typer.Option(
+            "--delete-latents/--keep-latents", rich_help_panel=OUTPUT, help="Remove latents once decoded. [keep]"
+        ),
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = None,
+    debug: Debug = False,
+) -> None:
+    """Decode latent files to PNGs that carry their recipe; their paths are printed on stdout."""
+    raise typer.Exit(_run("decode", _given(context)))
+
+
+@app.command(cls=GroupedCommand, short_help="Say what files hold.")
+def info(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Latents, pictures or weight files.")],
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say what latents, pictures and weight files hold."""
+    from fluxsplit.inspection import inspect  # noqa: PLC0415  only where it is needed
+
+    failed: list[FluxsplitError] = []
+    for number, file in enumerate(files):
+        try:
+            report = inspect(Path(file).expanduser())
+        except FluxsplitError as error:
+            if len(files) == 1:
+                raise
+            failed.append(error)
+            print(f"fluxsplit: {error.line()}", file=sys.stderr)
+            continue
+        if json:
+            print(report.to_json())
+        else:
+            print("\n" * (number > 0) + "\n".join(report.lines()))
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command(cls=GroupedCommand, short_help="Run a workflow file.")
+def run(
+    file: Annotated[str, typer.Argument(metavar="FILE.toml", help="A table [sample] or [decode] with their settings.")],
+    debug: Debug = False,
+) -> None:
+    """Run a workflow file: the settings of `sample` or `decode`, named as their flags."""
+    from fluxsplit.settings import read_workflow  # noqa: PLC0415
+
+    raise typer.Exit(_run(*read_workflow(Path(file).expanduser())))
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The flags that were given, by name."""
+    return {name: value for name, value in context.params.items() if value not in (None, [], ()) and name != "debug"}
+
+
+def _run(command: str, given: dict[str, Any]) -> int:
+    """Plan, then do, with progress on stderr and results on stdout; returns the exit code."""
+    from fluxsplit.progress import Progress  # noqa: PLC0415
+    from fluxsplit.settings import defaults  # noqa: PLC0415
+
+    settings = defaults(command, os.environ)
+    quiet = bool(given.get("quiet", settings.get("quiet", False)))
+    with Progress(json_lines=bool(given.get("json")), quiet=quiet) as progress:
+        if command == "decode":
+            from fluxsplit.cli_decode import plan_decode, run_decode  # noqa: PLC0415
+
+            return run_decode(plan_decode(given, settings), progress)
+        from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
+
+        plan = plan_sample(given, settings)
+        if not given.get("dry_run"):
+            return run_sample(plan, progress)
+        from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
+
+        for note in plan.notes:
+            progress.note(note)
+        print(plan_json(plan)) if given.get("json") else print_plan(plan)
+        return 0
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit; every error ends here as one line on stderr."""
+    words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
+        with suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="surrogateescape" if os.name == "posix" else "replace")  # type: ignore[union-attr]
+    _interrupt_on("SIGTERM", "SIGHUP", "SIGBREAK")
+    try:
+        app(words)
+    except FluxsplitError as error:
+        _fail(error.line(), error, "--debug" in words)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        sys.exit(1)
+    except Exception as error:
+        _fail(
+            f"{type(error).__name__}: {error}; this is a bug, run with --debug for its place", error, "--debug" in words
+        )
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _fail(line: str, error: BaseException, debug: bool) -> None:
+    if debug:
+        import traceback  # noqa: PLC0415
+
+        traceback.print_exception(error)
+    print(f"fluxsplit: {line}", file=sys.stderr)
+
+
+def _interrupt_on(*names: str) -> None:
+    """Let these signals end us as Ctrl-C does, so that the stage is ended and the temporary folder removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for name in names:
+        if hasattr(signal, name):
+            with suppress(ValueError, OSError):  # not the main thread
+                signal.signal(getattr(signal, name), interrupt)

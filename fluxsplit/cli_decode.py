@@ -1,0 +1,130 @@
+"""`fluxsplit decode`: latent files → the VAE that each was made for → one decode stage for each VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxsplit.arguments import check_choice, check_device, read_stdin
+from fluxsplit.cli_sample import wanted_files
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.executor import run_stage
+from fluxsplit.fingerprint import file_sha256
+from fluxsplit.jobs import DecodeJob, absolute
+from fluxsplit.latents import SUFFIXES, LatentFile, read_latents
+from fluxsplit.models import demo_files, resolve_vae
+from fluxsplit.progress import Progress
+from fluxsplit.recipe import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A latent file that no stage needs to see."""
+
+    path: str
+    error: FluxsplitError
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """What a `decode` command is going to do."""
+
+    jobs: tuple[DecodeJob, ...]
+    """One for each VAE."""
+    refused: tuple[Refused, ...]
+
+
+def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
+    """The plan of a command from its flags and, where they are silent, the settings; raises FluxsplitError."""
+    values = defaults | given
+    job = DecodeJob(
+        latents=(),
+        vae="",
+        out=absolute(values.get("out", "images")),
+        device=check_device(values.get("device", "auto")),
+        dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
+        overwrite=bool(values.get("overwrite", False)),
+        delete_latents=bool(values.get("delete_latents", False)),
+    )
+    files = gather_latents(values.get("latents", []))
+    vaes = _Vaes(given, values)
+    groups: dict[str, list[str]] = {}
+    refused: list[Refused] = []
+    for file in files:
+        try:
+            groups.setdefault(vaes.of(read_latents(file)[0]), []).append(absolute(file))
+        except FluxsplitError as error:
+            refused.append(Refused(str(file), error))
+    jobs = tuple(replace(job, latents=tuple(latents), vae=vae) for vae, latents in groups.items())
+    return DecodePlan(jobs, tuple(refused))
+
+
+def run_decode(plan: DecodePlan, progress: Progress) -> int:
+    """Decode; returns the exit code, 1 where some latents failed and that of the reason where none could start."""
+    if not plan.jobs and len({refused.error.line() for refused in plan.refused}) == 1:
+        raise plan.refused[0].error
+    for refused in plan.refused:
+        progress.failed(refused.path, refused.error.message, refused.error.hint)
+    for job in plan.jobs:
+        for event in run_stage("decode", job):
+            progress.show(event)
+    return 1 if progress.failures else 0
+
+
+class _Vaes:
+    """Finds the VAE for each latent, and each VAE only once."""
+
+    def __init__(self, given: dict[str, Any], values: dict[str, Any]) -> None:
+        self._told = bool(given.get("vae") or given.get("model"))
+        self._wanted = wanted_files(values if not self._told else _without_rivals(values, given))
+        self._vae: str | FluxsplitError | None = None
+        self._demo_sha256: str | None = None
+
+    def of(self, latent: LatentFile) -> str:
+        """The VAE to decode a latent with; raises FluxsplitError where none is found."""
+        if not self._told and self._is_demo(latent):
+            return demo_files().vae
+        if self._vae is None:
+            try:
+                self._vae = resolve_vae(self._wanted)
+            except FluxsplitError as error:
+                self._vae = error
+        if isinstance(self._vae, FluxsplitError):
+            raise self._vae
+        return self._vae
+
+    def _is_demo(self, latent: LatentFile) -> bool:
+        if latent.recipe is None or not latent.recipe.transformer.sha256:
+            return False
+        if self._demo_sha256 is None:
+            try:
+                self._demo_sha256 = file_sha256(demo_files().transformer)
+            except FluxsplitError:
+                self._demo_sha256 = ""
+        return latent.recipe.transformer.sha256 == self._demo_sha256
+
+
+def _without_rivals(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A model that is given on the command line is not overruled by a VAE from the settings."""
+    return values if given.get("vae") else {**values, "vae": ""}
+
+
+def gather_latents(names: Sequence[str]) -> list[Path]:
+    """Latent files in the order given: files, the latents in folders, and the lines of stdin for `-`."""
+    files: dict[Path, None] = {}
+    for name in names:
+        found = [Path(line) for line in read_stdin() if line] if name == "-" else [Path(name).expanduser()]
+        for path in found:
+            files.update(dict.fromkeys(_in_folder(path) if path.is_dir() else [path]))
+    if not files:
+        raise UsageError("there is no latent file to decode", "name files or folders, or - to read names from stdin")
+    return list(files)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES.values() and file.is_file())
+    if not found:
+        raise UsageError(f"{folder} holds no latent file", f"latents end in {', '.join(SUFFIXES.values())}")
+    return found

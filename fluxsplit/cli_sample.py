@@ -1,0 +1,278 @@
+"""`fluxsplit sample`: flags and settings → images to make → a text stage, then a sample stage."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxsplit.arguments import (
+    MAX_IMAGES,
+    check_choice,
+    check_device,
+    check_prompt,
+    check_range,
+    draw_seed,
+    gather_prompts,
+    parse_seeds,
+    parse_shift,
+    parse_sigmas,
+    parse_size,
+)
+from fluxsplit.checkpoint import part, variant_of
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.executor import StageProcess
+from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob, TextJob, absolute
+from fluxsplit.models import Wanted, resolve
+from fluxsplit.progress import Progress
+from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS
+from fluxsplit.safetensor_header import read_header
+
+DEFAULT_SIZE = "1024x1024"
+DEMO_SIZE = "512x512"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a `sample` command is going to do."""
+
+    files: ModelFiles
+    prompts: tuple[str, ...]
+    """Texts to encode, negatives among them; none where a conditioning is given."""
+    conditionings: tuple[str, ...]
+    """One file for each of them: where it is kept, or empty for the folder that is removed at the end."""
+    images: tuple[ImageJob, ...]
+    """Their conditioning is the text itself where it is still to be encoded."""
+    out: str
+    format: str
+    dtype: str
+    device: str
+    notes: tuple[str, ...]
+
+
+def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
+    """The plan of a command from its flags and, where they are silent, the settings; raises FluxsplitError."""
+    _check_contradictions(given)
+    values = defaults | given
+    notes: list[str] = []
+    images = _images(values, notes)
+    wanted = wanted_files(values)
+    _check_demo(given, wanted)
+    need = ("transformer",) if values.get("conditioning") else ("transformer", "t5", "clip")
+    files = resolve(wanted, need)
+    notes += _found_notes(files, wanted)
+    texts, kept = _texts_to_encode(images, values)
+    return Plan(
+        files=files,
+        prompts=texts,
+        conditionings=kept,
+        images=tuple(_guided(images, given, files.transformer)),
+        out=absolute(values.get("out", "latents")),
+        format=check_choice("format", values.get("format", "pt"), LATENT_FORMATS),
+        dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
+        device=check_device(values.get("device", "auto")),
+        notes=tuple(notes),
+    )
+
+
+def wanted_files(values: dict[str, Any]) -> Wanted:
+    """The files that flags and settings name."""
+    names = ("model", "text_encoder", "clip", "vae", "tokenizers", "comfyui")
+    return Wanted(**{name: values.get(name, "") for name in names})
+
+
+def run_sample(plan: Plan, progress: Progress) -> int:
+    """Encode, then sample; returns the exit code.
+
+    The sample stage starts at once, so that its imports overlap the encoding; it gets its job, and with it the
+    first byte of the transformer, only when the text stage's process has ended.
+    """
+    for note in plan.notes:
+        progress.note(note)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxsplit-")))
+        places = {
+            text: kept or str(folder / f"{number}.safetensors")
+            for number, (text, kept) in enumerate(zip(plan.prompts, plan.conditionings, strict=True))
+        }
+        text_stage = stack.enter_context(StageProcess("text")) if places else None
+        sample_stage = stack.enter_context(StageProcess("sample"))
+        if text_stage is not None:
+            text_stage.submit(_text_job(plan, places))
+            for event in text_stage.events():
+                if event["event"] != "result":
+                    progress.show(event)
+        sample_stage.submit(_sample_job(plan, places))
+        for event in sample_stage.events():
+            progress.show(event)
+    return 1 if progress.failures else 0
+
+
+def _text_job(plan: Plan, places: dict[str, str]) -> TextJob:
+    files = plan.files
+    return TextJob(
+        tuple(places),
+        tuple(places.values()),
+        files.text_encoder,
+        files.clip,
+        files.t5_tokenizer,
+        files.clip_tokenizer,
+        plan.device,
+    )
+
+
+def _sample_job(plan: Plan, places: dict[str, str]) -> SampleJob:
+    images = tuple(
+        replace(
+            image,
+            conditioning=image.conditioning or places[image.prompt],
+            negative_conditioning=places[image.negative] if image.cfg != 1 else "",
+        )
+        for image in plan.images
+    )
+    return SampleJob(images, plan.files, plan.out, plan.format, plan.dtype, plan.device)
+
+
+def _check_contradictions(given: dict[str, Any]) -> None:
+    """Refuse flags of which one would silently undo the other."""
+    if given.get("sigmas"):
+        for flag in ("scheduler", "shift"):
+            if given.get(flag):
+                raise UsageError(f"--{flag} has no effect on noise levels that are given by --sigmas", "drop one")
+    if given.get("conditioning") and given.get("save_conditioning"):
+        raise UsageError("--save-conditioning would copy the file of --conditioning", "drop one")
+
+
+def _check_demo(given: dict[str, Any], wanted: Wanted) -> None:
+    if not wanted.model:
+        for name in ("text_encoder", "clip", "vae", "tokenizers"):
+            if given.get(name):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is given without --model", "the demo model brings its own parts")
+
+
+def _images(values: dict[str, Any], notes: list[str]) -> list[ImageJob]:
+    """Every prompt with every seed; what is left to the model's own defaults is None."""
+    cfg, negative = float(values.get("cfg", 1.0)), check_prompt(values.get("negative", ""))
+    check_range("cfg", cfg, 0, 1000)
+    if negative and cfg == 1:
+        raise UsageError(
+            "a negative prompt has no effect with --cfg 1, which never computes it",
+            "give --cfg 2 or so (each step then takes twice as long), or drop --negative",
+        )
+    conditioning, prompts = _conditioning_and_prompts(values, cfg)
+    seeds = parse_seeds(values.get("seed") or [_drawn(notes)], values.get("count", 1))
+    if len(prompts) * len(seeds) > MAX_IMAGES:
+        raise UsageError(f"{len(prompts)} prompts with {len(seeds)} seeds are over {MAX_IMAGES} images in one run")
+    options = _options(values)
+    width, height = parse_size(values.get("size") or (DEFAULT_SIZE if values.get("model") else DEMO_SIZE))
+    return [
+        ImageJob(prompt, conditioning, seed, width, height, cfg=cfg, negative=negative, **options)
+        for prompt in prompts
+        for seed in seeds
+    ]
+
+
+def _drawn(notes: list[str]) -> str:
+    seed = str(draw_seed())
+    notes.append(f"seed {seed}")
+    return seed
+
+
+def _options(values: dict[str, Any]) -> dict[str, Any]:
+    """Checked settings of the sampler that ImageJob takes by the same names."""
+    sigmas = parse_sigmas(values["sigmas"]) if values.get("sigmas") else ()
+    steps, noise_index = values.get("steps"), values.get("noise_index", 0)
+    if steps is not None:
+        check_range("steps", steps, 1, MAX_STEPS)
+        if sigmas and steps != len(sigmas) - 1:
+            raise UsageError(f"{len(sigmas)} sigmas make {len(sigmas) - 1} steps, not {steps}", "drop --steps")
+    if values.get("guidance") is not None:
+        check_range("guidance", values["guidance"], 0, 1000)
+    check_range("noise-index", noise_index, 0, 9999)
+    return {
+        "steps": steps,
+        "guidance": values.get("guidance"),
+        "sampler": check_choice("sampler", values.get("sampler", "euler"), SAMPLERS),
+        "scheduler": check_choice("scheduler", values.get("scheduler", "simple"), SCHEDULERS),
+        "sigmas": sigmas,
+        "shift": parse_shift(values.get("shift", "auto")),
+        "noise_index": noise_index,
+    }
+
+
+def _conditioning_and_prompts(values: dict[str, Any], cfg: float) -> tuple[str, list[str]]:
+    given, file = values.get("prompt", []), values.get("prompt_file", "")
+    if not values.get("conditioning"):
+        prompts = gather_prompts(given, file)
+        if values.get("save_conditioning") and len(prompts) > 1:
+            raise UsageError(f"--save-conditioning keeps one prompt, {len(prompts)} are given", "give one prompt")
+        return "", prompts
+    conditioning = Path(values["conditioning"]).expanduser()
+    if cfg != 1:
+        raise UsageError(
+            f"--cfg {cfg:g} needs the text encoders for its negative prompt, which --conditioning does without",
+            "drop --cfg, or give the prompt instead of --conditioning",
+        )
+    prompts = gather_prompts(given, file) if given or file else [conditioning_prompt(conditioning)]
+    if len(prompts) > 1:
+        raise UsageError(f"--conditioning stands for one prompt, {len(prompts)} are given", "give one at most")
+    if given or file:
+        conditioning_prompt(conditioning)
+    return absolute(conditioning), prompts
+
+
+def conditioning_prompt(file: Path) -> str:
+    """The prompt that a conditioning file says it was made from, empty where it says none.
+
+    Raises UsageError where there is no such file, FluxsplitError where it is no conditioning.
+    """
+    if not file.is_file():
+        raise UsageError(f"--conditioning {file}: there is no such file", "make one with --save-conditioning")
+    header = read_header(file)
+    if not {"t5", "pooled"} <= set(header.tensors):
+        held = ", ".join(name[:40] for name in list(header.tensors)[:4])
+        raise FluxsplitError(f"{file.name} holds {held or 'nothing'}", "a conditioning holds t5 and pooled")
+    with suppress(ValueError, RecursionError):
+        prompt = json.loads(header.metadata.get("prompt", '""'))
+        return check_prompt(prompt) if isinstance(prompt, str) else ""
+    return ""
+
+
+def _texts_to_encode(images: list[ImageJob], values: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Each text once, and where its conditioning is to be kept, if anywhere."""
+    texts = [image.prompt for image in images if not image.conditioning]
+    if images and images[0].cfg != 1:
+        texts.append(images[0].negative)
+    unique = tuple(dict.fromkeys(texts))
+    kept = values.get("save_conditioning", "")
+    if kept and Path(kept).expanduser().exists():
+        raise UsageError(f"--save-conditioning {kept} is there already", "choose another name, or remove it")
+    return unique, tuple(absolute(kept) if kept and text == images[0].prompt else "" for text in unique)
+
+
+def _guided(images: list[ImageJob], given: dict[str, Any], transformer: str) -> list[ImageJob]:
+    """The images with guidance only where the model takes one; a default meant for dev does not stop schnell."""
+    if variant_of(part(transformer, "transformer")) == "dev":
+        return images
+    if given.get("guidance") is not None:
+        raise UsageError(
+            f"--guidance has no effect: {Path(transformer).name} is schnell, which takes none",
+            "use --cfg for true guidance, or drop --guidance",
+        )
+    return [replace(image, guidance=None) for image in images]
+
+
+def _found_notes(files: ModelFiles, wanted: Wanted) -> list[str]:
+    """What was used without being named, so that nobody wonders which of two files made a picture."""
+    if files.is_demo:
+        return ["no model given: using the demo model"]
+    parts = {"T5": (files.text_encoder, wanted.text_encoder), "CLIP": (files.clip, wanted.clip)}
+    return [
+        f"{title} found: {path}"
+        for title, (path, named) in parts.items()
+        if path not in ("", files.transformer) and not named
+    ]

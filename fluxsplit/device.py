@@ -1,0 +1,64 @@
+"""Which device a stage computes on, and in which dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from fluxsplit.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SMALL_PARAMETERS = 1_000_000_000
+"""Below this a model is quick in fp32 on any CPU, and its pictures are the same on all of them."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device `auto`, `cpu` or `cuda:N` means; ROCm's cards are cuda to torch. Raises UsageError."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    index = name.removeprefix("cuda").removeprefix(":") or "0"
+    if not name.startswith("cuda") or not index.isdigit():
+        raise UsageError(f"device {name!r} is not known", "use auto, cpu or cuda:N")
+    if int(index) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} graphics cards",
+            "install the torch build for your card (see the README), or use --device cpu",
+        )
+    return torch.device("cuda", int(index))
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the card's name as its driver says it."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
+    """What the transformer computes in.
+
+    `auto` is bf16 where the device multiplies it fast; fp16 on cards that do not (RDNA2 and older); on a CPU fp32
+    for small models and where bf16 has no instructions of its own.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        fast = parameters >= SMALL_PARAMETERS and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float16
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether a card has bf16 matrix units: NVIDIA from Ampere (8.0), AMD CDNA and from RDNA3 (gfx11)."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        architecture: str = properties.gcnArchName
+        return architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"))
+    return bool(properties.major >= 8)
+
+
+def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What the VAE computes in: fp32, or bf16 on cards that are fast at it; fp16 overflows in Flux's VAE."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" and has_fast_bf16(device) else torch.float32

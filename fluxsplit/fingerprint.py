@@ -1,0 +1,65 @@
+"""SHA-256 of weight files, remembered by path, size and time of change, since 12 GB take a while to read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+CHUNK_BYTES = 8 << 20
+_MAX_ENTRIES = 500
+
+
+def cache_folder() -> Path:
+    """Where fluxsplit keeps what it can make again: `FLUXSPLIT_CACHE`, else the platform's cache folder."""
+    if "FLUXSPLIT_CACHE" in os.environ:
+        return Path(os.environ["FLUXSPLIT_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or str(Path.home() / ".cache")
+    return Path(base) / "fluxsplit"
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a weight file; of a folder, that of its files' names and hashes in order."""
+    place = Path(path)
+    if place.is_file():
+        return file_sha256(place)
+    lines = [f"{file_sha256(file)}  {file.relative_to(place)}\n" for file in sorted(place.rglob("*.safetensors"))]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file, from memory if it has not changed since it was last computed."""
+    place = Path(path).resolve()
+    status = place.stat()
+    key = f"{place}|{status.st_size}|{status.st_mtime_ns}"
+    known = _read()
+    if key in known:
+        return known[key]
+    digest = hashlib.sha256()
+    with place.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    _remember(key, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _read() -> dict[str, str]:
+    try:
+        known = json.loads((cache_folder() / "sha256.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(key: str, digest: str) -> None:
+    """Best effort: without a writable cache the hash is computed again next time."""
+    entries = list({**_read(), key: digest}.items())[-_MAX_ENTRIES:]
+    target = cache_folder() / "sha256.json"
+    part = target.with_name(f"sha256.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(dict(entries)))
+        part.replace(target)
+    except OSError:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""What `fluxsplit info` says of a file: a latent, a picture or weights, told by content and never by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluxsplit import checkpoint
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.latents import COMFY_TENSOR, read_latents
+from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
+from fluxsplit.png_text import SIGNATURE, read_png
+from fluxsplit.recipe import VAE_FACTOR, Recipe, WeightsStamp
+from fluxsplit.safetensor_header import read_header
+from fluxsplit.torch_file import ZIP_MAGIC
+
+_OTHER_PICTURES = ((b"\xff\xd8\xff", "a JPEG"), (b"RIFF", "a WebP"), (b"GIF8", "a GIF"), (b"%!PS", "PostScript"))
+_LATENT_TENSORS = {COMFY_TENSOR, "latents", "samples"}
+_CONDITIONING_TENSORS = {"t5", "pooled"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one file is."""
+
+    path: str
+    kind: str
+    """`latent`, `picture`, `conditioning` or `weights`."""
+    size_bytes: int
+    facts: tuple[tuple[str, str], ...]
+    """Name and value, in the order to show them."""
+    recipe: Recipe | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    """The facts as data, for `--json`."""
+
+    def to_json(self) -> str:
+        """One line of JSON: path, kind, size_bytes, recipe (object or null), and the details of this kind."""
+        recipe = None if self.recipe is None else json.loads(self.recipe.to_json())
+        table = {"path": self.path, "kind": self.kind, "size_bytes": self.size_bytes, "recipe": recipe}
+        return json.dumps({**table, **self.details}, allow_nan=False)
+
+    def lines(self) -> list[str]:
+        """Lines for people: the path, then one indented `name: value` each, control characters made visible."""
+        facts = (*self.facts, *(_recipe_facts(self.recipe) if self.recipe else ()))
+        width = max((len(name) for name, _ in facts), default=0) + 1
+        return [_visible(self.path), *(f"  {name + ':':{width}} {_visible(value)}" for name, value in facts)]
+
+
+def inspect(path: str | Path) -> Report:
+    """What the file or diffusers folder at `path` is.
+
+    Raises UsageError where there is nothing at `path`, FluxsplitError for files that are damaged or of another
+    kind, with one line that says which.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _weights(path, sum(file.stat().st_size for file in path.rglob("*.safetensors")))
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
+    if start.startswith(SIGNATURE):
+        return _picture(path, size_bytes)
+    for magic, what in _OTHER_PICTURES:
+        if start.startswith(magic):
+            raise FluxsplitError(f"{path.name} is {what}, of which nothing is read", "name a PNG by fluxsplit")
+    if start.startswith((ZIP_MAGIC, b"\x80")) or start[257:262] == b"ustar":
+        return _latent(path, size_bytes)
+    tensors = set(read_header(path).tensors)
+    if tensors & _LATENT_TENSORS:
+        return _latent(path, size_bytes)
+    if tensors >= _CONDITIONING_TENSORS:
+        return _conditioning(path, size_bytes)
+    return _weights(path, size_bytes)
+
+
+def _latent(path: Path, size_bytes: int) -> Report:
+    latents = read_latents(path)
+    first = latents[0]
+    height, width = (side * VAE_FACTOR for side in first.shape[2:])
+    batch = f", batch of {first.batch}" if first.batch > 1 else ""
+    facts = [
+        ("kind", f"latent ({first.format}{batch})"),
+        ("picture", f"{width}x{height} pixels"),
+        ("latents", f"{'x'.join(map(str, first.shape))} fp32, all finite"),
+        ("payload sha256", first.payload_sha256),
+        *_foreign_facts(first.foreign),
+    ]
+    if first.recipe is None:
+        facts.append(("recipe", "none; written by another program"))
+    details = {
+        "format": first.format,
+        "batch": first.batch,
+        "shape": list(first.shape),
+        "width": width,
+        "height": height,
+        "payload_sha256": [latent.payload_sha256 for latent in latents],
+        "foreign": first.foreign,
+    }
+    return Report(str(path), "latent", size_bytes, tuple(facts), first.recipe, details)
+
+
+def _foreign_facts(foreign: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(f"ComfyUI {name}", f"{len(text)} characters") for name, text in foreign.items()]
+
+
+def _picture(path: Path, size_bytes: int) -> Report:
+    png = read_png(path)
+    facts = [("kind", "picture (PNG)"), ("picture", f"{png.width}x{png.height} pixels")]
+    details: dict[str, Any] = {"width": png.width, "height": png.height, "texts": png.texts}
+    if RECORD_KEY not in png.texts:
+        if PARAMETERS_KEY in png.texts:
+            facts.append((PARAMETERS_KEY, png.texts[PARAMETERS_KEY]))
+        facts += [(name, f"{len(text)} characters") for name, text in png.texts.items() if name != PARAMETERS_KEY]
+        facts.append(("recipe", "none; not written by fluxsplit"))
+        return Report(str(path), "picture", size_bytes, tuple(facts), None, details)
+    try:
+        record = record_from_json(png.texts[RECORD_KEY])
+    except FluxsplitError as error:
+        raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
+    facts += [
+        ("latent sha256", record.latent_sha256),
+        ("VAE", _stamp(record.vae)),
+        ("decoded by", _table(record.versions)),
+        *_foreign_facts({name: text for name, text in png.texts.items() if name in ("prompt", "workflow")}),
+    ]
+    if record.recipe is None:
+        facts.append(("recipe", "none; the latent was another program's"))
+    details |= {"latent_sha256": record.latent_sha256, "vae": asdict(record.vae), "versions": record.versions}
+    return Report(str(path), "picture", size_bytes, tuple(facts), record.recipe, details)
+
+
+def _conditioning(path: Path, size_bytes: int) -> Report:
+    header = read_header(path)
+    shapes = {name: list(tensor.shape) for name, tensor in header.tensors.items()}
+    facts = [("kind", "conditioning (an encoded prompt)")]
+    facts += [(name, f"{'x'.join(map(str, shape))} {header.tensors[name].dtype}") for name, shape in shapes.items()]
+    return Report(str(path), "conditioning", size_bytes, tuple(facts), None, {"shapes": shapes})
+
+
+def _weights(path: Path, size_bytes: int) -> Report:
+    contents = checkpoint.describe(path)
+    variant = f" {contents.variant}" if contents.variant else ""
+    facts = [("kind", f"weights ({contents.layout}{variant})"), ("size", f"{size_bytes / 1e9:.2f} GB")]
+    for kind, part in contents.parts.items():
+        dtypes = ", ".join(f"{count / 1e6:,.1f} M {dtype}" for dtype, count in part.dtypes.items())
+        facts.append((kind, f"{part.tensors} tensors, {part.bytes / 1e9:.2f} GB: {dtypes}"))
+    facts += [("note", note) for note in contents.notes]
+    return Report(str(path), "weights", size_bytes, tuple(facts), None, asdict(contents))
+
+
+def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
+    """The recipe for people; values that no picture of this model has are left out."""
+    shown: dict[str, str | None] = {
+        "prompt": recipe.prompt,
+        "negative": recipe.negative or None,
+        "seed": str(recipe.seed) + (f", draw {recipe.noise_index}" if recipe.noise_index else ""),
+        "size": f"{recipe.width}x{recipe.height}",
+        "steps": str(recipe.steps),
+        "sampler": f"{recipe.sampler}, {recipe.scheduler}",
+        "sigmas": " ".join(f"{sigma:.4f}" for sigma in recipe.sigmas),
+        "shift": None if recipe.shift is None else f"{recipe.shift:g}",
+        "guidance": None if recipe.guidance is None else f"{recipe.guidance:g}",
+        "cfg": None if recipe.cfg == 1 else f"{recipe.cfg:g}",
+        "model": f"FLUX.1 {recipe.variant}, {recipe.dtype}, {recipe.device}",
+        "transformer": _stamp(recipe.transformer),
+        "T5": _stamp(recipe.text_encoder),
+        "CLIP": _stamp(recipe.clip),
+        "versions": _table(recipe.versions),
+        "created": recipe.created or None,
+    }
+    return [(name, value) for name, value in shown.items() if value is not None]
+
+
+def _stamp(stamp: WeightsStamp) -> str:
+    return f"{stamp.name} (sha256 {stamp.sha256})" if stamp.sha256 else stamp.name
+
+
+def _table(table: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in table.items()) or "not recorded"
+
+
+def _visible(text: str) -> str:
+    """Text of a stranger for the terminal: escape sequences and line breaks are shown, not obeyed."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,251 @@
+"""Events drawn as bars or one-line notes on stderr, result paths printed on stdout.
+
+Bars are drawn only where stderr is a terminal; elsewhere a line now and then says how far things are. rich
+is imported when the first bar is drawn, so that commands without one start quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+NOTE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """How far one thing is: `done` of `total`, what it is and the figures beside the bar."""
+
+    key: str
+    title: str
+    done: float
+    total: float
+    detail: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.done >= self.total
+
+
+class Display(Protocol):
+    """Where tasks and lines for people are shown."""
+
+    def update(self, task: Task) -> None:
+        """Show how far a task is."""
+
+    def pause(self) -> None:
+        """Make room for a line that is printed elsewhere."""
+
+    def close(self) -> None:
+        """Stop drawing."""
+
+
+class Progress:
+    """Shows the events of the stages; counts what was made and what failed."""
+
+    def __init__(
+        self, json_lines: bool = False, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+    ) -> None:
+        self._json_lines = json_lines
+        self._quiet = quiet
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._started_s: dict[str, float] = {}
+        self._display: Display | None = None
+        self.results: list[str] = []
+        self.failures = 0
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Show one event; those that are unknown show nothing, so that stages may say more in time."""
+        kind = event["event"]
+        if kind == "result":
+            self._result(event)
+        elif kind == "failed":
+            self.failed(str(event.get("item", "")), str(event.get("message", "")), str(event.get("hint", "")))
+        elif kind == "note":
+            self.note(str(event.get("text", "")))
+        elif kind in _TASKS and not self._quiet:
+            key = _key(event)
+            started_s = self._started_s.setdefault(key, time.monotonic())
+            self._shown().update(_TASKS[kind](key, event, time.monotonic() - started_s))
+
+    def note(self, text: str) -> None:
+        """A line for the person, unless quiet."""
+        if not self._quiet:
+            self._line(f"fluxsplit: {text}")
+
+    def failed(self, item: str, message: str, hint: str) -> None:
+        """One item failed and the rest go on; said even when quiet."""
+        self.failures += 1
+        told = message if not item or item in message else f"{item}: {message}"
+        self._line(f"fluxsplit: {told}; {hint}" if hint else f"fluxsplit: {told}")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._display is not None:
+            self._display.close()
+
+    def _shown(self) -> Display:
+        if self._display is None:
+            self._display = Bars(self._err) if draws_bars(self._err, os.environ) else Lines(self._err)
+        return self._display
+
+    def _line(self, text: str) -> None:
+        if self._display is not None:
+            self._display.pause()
+        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=self._err, flush=True)
+
+    def _result(self, event: Mapping[str, Any]) -> None:
+        path = str(event["path"])
+        self.results.append(path)
+        if self._display is not None:
+            self._display.pause()
+        line = json.dumps({"path": path, "recipe": event.get("recipe")}) if self._json_lines else path
+        print(line, file=self._out, flush=True)
+
+
+def draws_bars(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether bars can be drawn on `stream`: a terminal that can move its cursor."""
+    return stream.isatty() and environment.get("TERM") != "dumb"
+
+
+class Lines:
+    """Progress for logs: a line when something is finished, and one every few seconds in between."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last_s = time.monotonic()
+        self._finished: set[tuple[str, str]] = set()
+
+    def update(self, task: Task) -> None:
+        """A line, unless one was printed a moment ago."""
+        mark = (task.key, task.title)
+        now_s = time.monotonic()
+        if mark in self._finished or (not task.finished and now_s - self._last_s < NOTE_EVERY_S):
+            return
+        if task.finished:
+            self._finished.add(mark)
+        self._last_s = now_s
+        print(f"fluxsplit: {task.title}: {task.detail}", file=self._stream, flush=True)
+
+    def pause(self) -> None:
+        """Lines need no room made."""
+
+    def close(self) -> None:
+        """Lines need no end."""
+
+
+class Bars:
+    """Progress for a terminal: one bar for each task that is not finished yet."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console  # noqa: PLC0415  where a bar is drawn, not at start
+        from rich.progress import BarColumn, TextColumn  # noqa: PLC0415
+        from rich.progress import Progress as RichProgress  # noqa: PLC0415
+
+        self._tasks: dict[str, Any] = {}
+        self._bars = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=Console(file=stream),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def update(self, task: Task) -> None:
+        """Draw the task's bar, or move it."""
+        self._bars.start()
+        if task.key not in self._tasks:
+            self._tasks[task.key] = self._bars.add_task(task.title, total=task.total, detail=task.detail)
+        bar = self._tasks[task.key]
+        self._bars.update(bar, completed=task.done, total=task.total, description=task.title, detail=task.detail)
+        if task.finished:
+            self._bars.remove_task(self._tasks.pop(task.key))
+            self._bars.console.print(f"{task.title}: {task.detail}", markup=False, highlight=False)
+
+    def pause(self) -> None:
+        """Take the bars off the screen; the next update draws them again."""
+        self._bars.stop()
+
+    def close(self) -> None:
+        """Take the bars off the screen."""
+        self._bars.stop()
+
+
+def _key(event: Mapping[str, Any]) -> str:
+    return f"load {event.get('what', '')}" if event["event"] == "load" else str(event["event"])
+
+
+def _load(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
+    done, total = int(event["done_bytes"]), int(event["total_bytes"])
+    rate = f", {bytes_text(done / elapsed_s)}/s" if elapsed_s > 0.05 and done else ""
+    amount = bytes_text(total) if done >= total else f"{bytes_text(done)} of {bytes_text(total)}"
+    return Task(key, str(event["what"]), done, total, f"{amount} read{rate}")
+
+
+def _text(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
+    """Every prompt goes through two encoders, so that the count is of passes; a share says it better."""
+    done, total = int(event["done"]), int(event["total"])
+    return Task(key, "text encoding", done, total, f"{100 * done // max(1, total)} %{_left(done, total, elapsed_s)}")
+
+
+def _decode(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
+    done, total = int(event["done"]), int(event["total"])
+    return Task(key, "latents decoded", done, total, f"{done} of {total}{_left(done, total, elapsed_s)}")
+
+
+def _left(done: float, total: float, elapsed_s: float) -> str:
+    if not 0 < done < total or elapsed_s < 1:
+        return ""
+    return f", {duration_text(elapsed_s / done * (total - done))} left"
+
+
+def _step(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
+    """`step` counts the finished steps of image `image`; earlier images are finished altogether."""
+    image, images = int(event["image"]), int(event["images"])
+    step, steps, step_s = int(event["step"]), int(event["steps"]), float(event["step_s"])
+    to_do = steps - step + steps * (images - image - 1)
+    title = f"image {image + 1} of {images}" if images > 1 else "image"
+    left = f", {duration_text(to_do * step_s)} left" if to_do and step_s > 0 else ""
+    return Task(f"{key} {image}", title, step, steps, f"step {step} of {steps}, {step_s:.3g} s/step{left}")
+
+
+_TASKS: dict[str, Callable[[str, Mapping[str, Any], float], Task]] = {
+    "load": _load,
+    "text": _text,
+    "step": _step,
+    "decode": _decode,
+}
+
+
+def bytes_text(count: float) -> str:
+    """A byte count for people, in decimal units as disks and downloads are sold: `11.9 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: `12 s`, `3:05 min`, `1:02:03 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"

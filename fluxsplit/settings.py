@@ -1,0 +1,247 @@
+"""Defaults: flags over `FLUXSPLIT_*` over `./fluxsplit.toml` over the user's `config.toml`; and workflow files.
+
+Every setting has the name of its flag. Keys at the top of a file hold for every command, those in `[sample]`
+and `[decode]` for one. `FLUXSPLIT_MODEL` is the key `model`, `FLUXSPLIT_SAMPLE_STEPS` is `steps` in `[sample]`.
+A key that is not known is an error, since a setting that is silently ignored renders the wrong picture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fluxsplit.errors import UsageError
+
+Reader = Callable[[Any], Any]
+Values = dict[str, Any]
+PREFIX = "FLUXSPLIT_"
+COMMANDS = ("sample", "decode")
+MAX_FILE_BYTES = 1_000_000
+_OTHER_VARIABLES = {"FLUXSPLIT_CACHE"}
+"""Ours, but no settings: read where they are used."""
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, str):
+        value = int(value)
+    if type(value) is not int:
+        raise ValueError("a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        value = float(value)
+    if type(value) not in (int, float):
+        raise ValueError("a number")
+    return float(value)
+
+
+def _switch(value: Any) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if type(value) is not bool:
+        raise ValueError("true or false")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [_text(item) for item in values]
+
+
+def _seeds(value: Any) -> list[str]:
+    """Seeds and ranges: `7`, `"7..15"` or a list of them; as text, which holds 64 bits where TOML's integers do not."""
+    values = value if isinstance(value, list) else [value]
+    if not all(type(item) in (int, str) for item in values):
+        raise ValueError("whole numbers or ranges as 7..15")
+    return [str(item) for item in values]
+
+
+def _numbers(value: Any) -> str:
+    """Sigmas as the flag takes them: numbers with commas."""
+    if isinstance(value, list) and all(type(item) in (int, float) for item in value):
+        return ", ".join(repr(float(item)) for item in value)
+    return _text(value)
+
+
+def _number_or_text(value: Any) -> str:
+    return repr(float(value)) if type(value) in (int, float) else _text(value)
+
+
+SHARED: dict[str, Reader] = {
+    "model": _text,
+    "text_encoder": _text,
+    "clip": _text,
+    "vae": _text,
+    "tokenizers": _text,
+    "comfyui": _text,
+    "device": _text,
+    "quiet": _switch,
+}
+_SAMPLE: dict[str, Reader] = {
+    "cfg": _number,
+    "negative": _text,
+    "count": _integer,
+    "size": _text,
+    "steps": _integer,
+    "guidance": _number,
+    "scheduler": _text,
+    "sigmas": _numbers,
+    "shift": _number_or_text,
+    "sampler": _text,
+    "noise_index": _integer,
+    "dtype": _text,
+    "out": _text,
+    "format": _text,
+}
+_DECODE: dict[str, Reader] = {"dtype": _text, "out": _text, "overwrite": _switch, "delete_latents": _switch}
+_TEXT_FILES = ("text_encoder", "clip", "tokenizers")
+DEFAULTS: dict[str, dict[str, Reader]] = {
+    "": SHARED,
+    "sample": SHARED | _SAMPLE,
+    "decode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _DECODE,
+}
+"""What settings files may set, by table; the empty name stands for keys at the top."""
+
+_ONCE: dict[str, dict[str, Reader]] = {
+    "sample": {
+        "prompt": _texts,
+        "prompt_file": _text,
+        "seed": _seeds,
+        "conditioning": _text,
+        "save_conditioning": _text,
+        "dry_run": _switch,
+        "json": _switch,
+    },
+    "decode": {"latents": _texts, "json": _switch},
+}
+"""What belongs to one run: on the command line or in a workflow file, never in the defaults."""
+WORKFLOW: dict[str, dict[str, Reader]] = {name: DEFAULTS[name] | _ONCE[name] for name in COMMANDS}
+
+
+def defaults(command: str, environment: Mapping[str, str], folder: Path | None = None) -> Values:
+    """The settings of a command from the environment and the settings files, nearest first.
+
+    Raises UsageError for a key that is not known and a value that cannot be used, naming where it stands.
+    """
+    values: Values = {}
+    for file in (user_config(environment), (folder or Path.cwd()) / "fluxsplit.toml"):
+        if file.is_file():
+            values |= _of_command(command, _read_tables(file))
+    return values | _of_command(command, _environment_tables(environment))
+
+
+def read_workflow(file: Path) -> tuple[str, Values]:
+    """Command and settings of a workflow file, which holds one table, `[sample]` or `[decode]`."""
+    table = _load(file)
+    if len(table) != 1 or not isinstance(table.get(next(iter(table))), dict) or next(iter(table)) not in COMMANDS:
+        found = ", ".join(map(repr, list(table)[:5])) or "nothing"
+        raise UsageError(f"{file} holds {found}", "a workflow is one table, [sample] or [decode]")
+    command, settings = next(iter(table.items()))
+    return command, _read_values(settings, WORKFLOW[command], f"[{command}] of {file}")
+
+
+def user_config(environment: Mapping[str, str]) -> Path:
+    """Where the user's settings are: XDG's folder, or what the platform has in its place."""
+    if folder := environment.get("XDG_CONFIG_HOME"):
+        return Path(folder) / "fluxsplit" / "config.toml"
+    if sys.platform == "win32" and (folder := environment.get("APPDATA")):
+        return Path(folder) / "fluxsplit" / "config.toml"
+    home = Path(environment.get("HOME") or environment.get("USERPROFILE") or Path.home())
+    if sys.platform == "darwin":
+        return home / "Library" / "Application Support" / "fluxsplit" / "config.toml"
+    return home / ".config" / "fluxsplit" / "config.toml"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word nearest to `name`, or all of them where none is near."""
+    words = list(known)
+    near = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(words)}"
+
+
+def _of_command(command: str, tables: dict[str, Values]) -> Values:
+    shared = {name: value for name, value in tables.get("", {}).items() if name in DEFAULTS[command]}
+    return shared | tables.get(command, {})
+
+
+def _read_tables(file: Path) -> dict[str, Values]:
+    content = _load(file)
+    tables = {name: value for name, value in content.items() if name in COMMANDS}
+    top = {name: value for name, value in content.items() if name not in COMMANDS}
+    read = {"": _read_values(top, SHARED, str(file))}
+    for command, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"{command} in {file} is not a table", f"write [{command}] on a line of its own")
+        read[command] = _read_values(table, DEFAULTS[command], f"[{command}] of {file}")
+    return read
+
+
+def _environment_tables(environment: Mapping[str, str]) -> dict[str, Values]:
+    names = {
+        PREFIX + (f"{table}_{key}" if table else key).upper(): (table, key)
+        for table, readers in DEFAULTS.items()
+        for key in readers
+    }
+    tables: dict[str, Values] = {}
+    for variable, value in environment.items():
+        if not variable.startswith(PREFIX) or variable in _OTHER_VARIABLES:
+            continue
+        if variable not in names:
+            raise UsageError(f"environment variable {variable} is not a setting", nearest(variable, names))
+        table, key = names[variable]
+        tables.setdefault(table, {})[key] = _read(key, value, DEFAULTS[table][key], f"the environment ({variable})")
+    return tables
+
+
+def _load(file: Path) -> Values:
+    import tomllib  # noqa: PLC0415  most runs have no settings file
+
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise UsageError(f"{file} is larger than any settings file ({file.stat().st_size} bytes)")
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError among them
+        raise UsageError(f"{file} is not valid TOML: {error}") from None
+
+
+def _read_values(table: Values, readers: Mapping[str, Reader], where: str) -> Values:
+    values: Values = {}
+    for spelled, value in table.items():
+        key = spelled.replace("-", "_")
+        if key not in readers:
+            raise UsageError(f"unknown setting {spelled!r} in {where}", _unknown_hint(key, readers))
+        if key in values:
+            raise UsageError(f"setting {spelled!r} stands twice in {where}")
+        values[key] = _read(spelled, value, readers[key], where)
+    return values
+
+
+def _unknown_hint(key: str, readers: Mapping[str, Reader]) -> str:
+    if any(key in once for once in _ONCE.values()):
+        return "it belongs to one run: give it as a flag, or in a workflow for `fluxsplit run`"
+    tables = [table for table, known in DEFAULTS.items() if table and key in known]
+    if tables and readers is SHARED:
+        return f"it belongs in {' or '.join(f'[{table}]' for table in tables)}"
+    return nearest(key.replace("_", "-"), (name.replace("_", "-") for name in readers))
+
+
+def _read(key: str, value: Any, reader: Reader, where: str) -> Any:
+    try:
+        return reader(value)
+    except (ValueError, OverflowError) as error:
+        wanted = f", not {error}" if isinstance(error, ValueError) and len(str(error)) < 40 else ""
+        raise UsageError(f"setting {key!r} in {where} is {str(value)[:80]!r}{wanted}") from None

@@ -1,0 +1,63 @@
+"""`text`, `sample` and `decode`: each runs in a process of its own, and this is the only room that wires rooms.
+
+`python -m fluxsplit.stages STAGE` reads a job from stdin and writes events; see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError, OutOfMemory
+from fluxsplit.events import Events, read_job
+from fluxsplit.jobs import STAGES, job_from_json
+
+_HEAVY = {"text": "fluxsplit.stage_text", "sample": "fluxsplit.stage_sample", "decode": "fluxsplit.stage_decode"}
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hipErrorOutOfMemory")
+
+
+def main() -> int:
+    """Run the stage named on the command line; returns its exit code."""
+    stage = sys.argv[1] if len(sys.argv) == 2 else ""
+    if stage not in STAGES:
+        print(f"usage: python -m fluxsplit.stages {'|'.join(STAGES)}", file=sys.stderr)
+        return 2
+    events = Events.claim_stdout()
+    try:
+        run = importlib.import_module(_HEAVY[stage]).run
+        events.send("ready")
+        line = read_job()
+        if not line:
+            return 1
+        run(job_from_json(stage, line), events)
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+    except BaseException as error:
+        known = as_error(error, stage)
+        code = known.exit_code
+        events.send("error", exit_code=code, message=known.message, hint=known.hint, traceback=traceback.format_exc())
+        return code
+    events.done()
+    return 0
+
+
+def as_error(error: BaseException, stage: str) -> FluxsplitError:
+    """What to tell the person about anything that a stage raised."""
+    if isinstance(error, FluxsplitError):
+        return error
+    text = str(error)
+    if isinstance(error, MemoryError) or any(word.lower() in text.lower() for word in _MEMORY_WORDS):
+        detail = text.splitlines()[0][:300] if text else "memory ran out"
+        return OutOfMemory(f"the {stage} stage ran out of memory: {detail}", "try a smaller --size, or --device cpu")
+    return FluxsplitError(
+        f"the {stage} stage failed: {type(error).__name__}: {text[:300]}", "run it again with --debug"
+    )
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # Not sys.exit: the driver frees the memory either way, and interpreter shutdown with a mapped 12 GB file is slow.
+    os._exit(code)

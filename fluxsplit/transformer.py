@@ -1,0 +1,152 @@
+"""Flux: diffusers' modules built on the meta device, filled from the file, and one forward of them.
+
+The modules are diffusers'; the forward over them is ours, for three reasons. The timestep is embedded from its
+fp32 value, as ComfyUI does, where diffusers rounds it to the compute dtype first. Odd latents are padded round
+and cropped. And the order in which blocks are brought in belongs to whoever loads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+from fluxsplit.checkpoint import Part, variant_of
+from fluxsplit.conditioning import Conditioning
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.weights import WeightFiles, fill
+
+PATCH = 2
+LATENT_CHANNELS = 16
+FLUX_AXES = (16, 56, 56)
+"""RoPE dimensions of (unused, row, column) in Flux.1, for heads of 128 (BFL `src/flux/util.py`)."""
+_CHANNELS = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny (control)"}
+
+
+class Flux:
+    """A Flux.1 transformer with its weights, predicting the velocity of a latent."""
+
+    def __init__(self, part: Part, files: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:
+        """Build from `part` (kind `transformer`); raises FluxsplitError unless it is a text-to-image Flux.1."""
+        self.dtype, self.device = dtype, device
+        self.variant = variant_of(part)
+        self._short_side_tokens = int(part.config.get("rope_short_side_tokens", 0))
+        with torch.device("meta"):
+            self.module = FluxTransformer2DModel(**_dimensions(part))
+        fill(self.module, part, files, dtype, device)
+
+    @torch.inference_mode()
+    def velocity(
+        self,
+        latents: torch.Tensor,
+        sigma: float,
+        conditioning: Conditioning,
+        guidance: float | None,
+        on_block: Callable[[int, int], None] = lambda done, total: None,
+    ) -> torch.Tensor:
+        """noise - image as predicted at `sigma` (0..1) from `latents` [1, 16, h, w] in model space, fp32 in and out.
+
+        Odd sides are padded round to even and the result is cropped (ComfyUI `comfy/ldm/flux/model.py`).
+        `on_block` is told how many of how many blocks are done.
+        """
+        height, width = latents.shape[-2:]
+        padded = F.pad(latents, (0, width % PATCH, 0, height % PATCH), mode="circular")
+        module = self.module
+        image = module.x_embedder(pack(padded).to(self.device, self.dtype))  # [1, N, D]
+        text = module.context_embedder(conditioning.t5.to(self.device, self.dtype))  # [1, T, D]
+        temb = self._embed_time(sigma, guidance, conditioning.pooled)  # [1, D]
+        rows, columns = padded.shape[-2] // PATCH, padded.shape[-1] // PATCH
+        rope = module.pos_embed(self._ids(text.shape[1], rows, columns))
+        total = len(module.transformer_blocks) + len(module.single_transformer_blocks)
+        for done, block in enumerate((*module.transformer_blocks, *module.single_transformer_blocks)):
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rope)
+            if image.dtype == torch.float16:
+                image = image.clip(-65504, 65504)  # diffusers clips only the text in double blocks
+            on_block(done + 1, total)
+        output = module.proj_out(module.norm_out(image, temb))  # [1, N, 64]
+        return unpack(output.float(), rows, columns)[..., :height, :width]
+
+    def _embed_time(self, sigma: float, guidance: float | None, pooled: torch.Tensor) -> torch.Tensor:
+        embed = self.module.time_text_embed
+        timestep = torch.tensor([sigma], dtype=torch.float32, device=self.device) * 1000
+        temb = embed.timestep_embedder(embed.time_proj(timestep).to(self.dtype))
+        if self.variant == "dev" and guidance is not None:
+            # ComfyUI rounds the guidance to the compute dtype before it multiplies: 3.5 is 3504 in bf16.
+            scaled = torch.tensor([guidance], dtype=self.dtype, device=self.device) * 1000
+            temb = temb + embed.guidance_embedder(embed.time_proj(scaled).to(self.dtype))
+        return temb + embed.text_embedder(pooled.to(self.device, self.dtype))
+
+    def _ids(self, text_tokens: int, rows: int, columns: int) -> torch.Tensor:
+        """Position of every token [T + N, 3] as (0, row, column); text tokens all sit at 0 (BFL `sampling.py`).
+
+        A model trained with position interpolation (Chen et al., arXiv 2306.15595) has the shorter side span the
+        same range at every size; Flux itself counts tokens.
+        """
+        step = self._short_side_tokens / min(rows, columns) if self._short_side_tokens else 1.0
+        ids = torch.zeros(text_tokens + rows * columns, 3, device=self.device)
+        grid = torch.arange(rows * columns, device=self.device)
+        ids[text_tokens:, 1] = (grid // columns) * step
+        ids[text_tokens:, 2] = (grid % columns) * step
+        return ids
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents [1, C, h, w] → tokens [1, h/2 * w/2, C * 4], channel slowest (BFL `sampling.py`)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH * PATCH)
+
+
+def unpack(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Tokens [1, rows * columns, C * 4] → latents [1, C, 2 * rows, 2 * columns]; undoes `pack`."""
+    patches = tokens.view(tokens.shape[0], rows, columns, -1, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, rows * PATCH, columns * PATCH)
+
+
+def _dimensions(part: Part) -> dict[str, object]:
+    """FluxTransformer2DModel's arguments, read from the tensors' shapes and, for RoPE, from the config."""
+    hidden, channels = part.shape("x_embedder.weight")[:2]
+    if channels != LATENT_CHANNELS * PATCH * PATCH:
+        what = _CHANNELS.get(channels, f"a Flux with {channels} input channels")
+        raise FluxsplitError(f"this is {what}; only text-to-image FLUX.1 (64 input channels) is supported")
+    head = part.shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    mlp = part.shape("transformer_blocks.0.ff.net.0.proj.weight")[0]
+    if hidden % head or mlp != 4 * hidden:
+        raise FluxsplitError(
+            f"hidden size {hidden} with heads of {head} and an MLP of {mlp} is not a Flux.1 transformer"
+        )
+    axes = tuple(int(axis) for axis in part.config.get("axes_dims_rope", FLUX_AXES))
+    if sum(axes) != head or len(axes) != 3 or any(axis % 2 for axis in axes):
+        raise FluxsplitError(
+            f"RoPE axes {axes} do not make up heads of {head}",
+            "a transformer that is not of Flux.1's size names its axes under the metadata key fluxsplit.config",
+        )
+    return {
+        "in_channels": channels,
+        "num_layers": part.count("transformer_blocks.%d."),
+        "num_single_layers": part.count("single_transformer_blocks.%d."),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": part.shape("context_embedder.weight")[1],
+        "pooled_projection_dim": part.shape("time_text_embed.text_embedder.linear_1.weight")[1],
+        "guidance_embeds": variant_of(part) == "dev",
+        "axes_dims_rope": axes,
+    }
+
+
+def check_conditioning(flux: Flux, conditioning: Conditioning, name: str) -> None:
+    """Refuse a conditioning that does not fit the transformer, or is not finite."""
+    module = flux.module
+    want = {"t5": module.context_embedder.stored.shape[1]}
+    want["pooled"] = module.time_text_embed.text_embedder.linear_1.stored.shape[1]
+    for key, tensor in (("t5", conditioning.t5), ("pooled", conditioning.pooled)):
+        if tensor.shape[-1] != want[key]:
+            raise FluxsplitError(
+                f"{name}: {key} is {list(tensor.shape)}, this transformer takes a width of {want[key]}",
+                "it was made with text encoders of another model",
+            )
+        if not bool(tensor.isfinite().all()) or math.prod(tensor.shape) == 0:
+            raise FluxsplitError(f"{name}: {key} is empty or holds NaN or infinity", "encode the prompt again")

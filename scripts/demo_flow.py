@@ -1,0 +1,348 @@
+"""Flow training of the demo model: diffusers' Flux transformer, from scratch, on drawn pictures.
+
+Pictures are drawn as they are needed, so nothing repeats. Every step uses one picture size, with
+fewer pictures where they are larger, so that all steps take the same time; several processes
+average their gradients. Block matrices are trained with Muon, the rest with AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from captions import caption, to_text
+from demo_latents import image_ids, pack, project
+from demo_text import WIDTH as TEXT_WIDTH
+from demo_text import Tokenizers, encode, load_encoders
+from shapes import picture, random_scene
+
+Bucket = tuple[int, int]  # image tokens across and down; one token is 16 pixels
+
+
+@dataclass(frozen=True, slots=True)
+class FlowConfig:
+    """Architecture and schedule of the picture model."""
+
+    heads: int = 3
+    head_dim: int = 64
+    double_blocks: int = 2
+    single_blocks: int = 4
+    axes_dims_rope: tuple[int, int, int] = (8, 28, 28)
+    rope_short_side_tokens: int = 8
+    batch: int = 32  # pictures of 128x128 a step and process
+    matrix_lr: float = 2.5e-3
+    lr: float = 1.5e-3
+    ema: float = 0.999
+    decay_from: float = 0.55  # part of the run after which learning rates fall to zero
+    empty_captions: float = 0.07
+
+
+# Shares of the steps by size class (shorter side 128, 192-256, 384-512), and how often a picture
+# holds two objects, up to each part of the run.
+STAGES: tuple[tuple[float, tuple[float, float, float], float], ...] = (
+    (0.12, (1.0, 0.0, 0.0), 0.3),
+    (0.40, (0.85, 0.15, 0.0), 0.5),
+    (0.70, (0.65, 0.35, 0.0), 0.55),
+    (1.01, (0.52, 0.38, 0.10), 0.55),
+)
+BUCKETS: tuple[tuple[Bucket, ...], ...] = (
+    ((8, 8), (8, 8), (8, 8), (11, 8), (8, 11), (10, 8), (8, 10)),
+    ((12, 12), (16, 16), (16, 16), (16, 12), (12, 16)),
+    ((32, 32), (32, 24), (24, 32), (24, 24)),
+)
+
+
+def build_flow(config: FlowConfig) -> FluxTransformer2DModel:
+    """An untrained transformer that starts as the identity: zero modulations, zero output."""
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks,
+        attention_head_dim=config.head_dim,
+        num_attention_heads=config.heads,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=config.axes_dims_rope,
+    )
+    for name, module in model.named_modules():
+        zeroed = ("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear")
+        if name.endswith(zeroed) or name == "proj_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+# -- data --------------------------------------------------------------------------------------
+
+
+def stage(part: float) -> tuple[tuple[float, float, float], float]:
+    """Size shares and share of pairs at this part of the run."""
+    for until, shares, pairs in STAGES:
+        if part < until:
+            return shares, pairs
+    return STAGES[-1][1:]
+
+
+def make_batch(
+    rng: np.random.Generator, bucket: Bucket, size: int, pairs: float, empty: float
+) -> tuple[Tensor, list[str]]:
+    """Drawn pictures as tokens [B, N, 64] and their prompts."""
+    tokens, prompts = [], []
+    for _ in range(size):
+        scene = random_scene(rng, 2 if rng.random() < pairs else 1)
+        prompts.append("" if rng.random() < empty else to_text(caption(rng, scene)))
+        image = picture(scene, rng, bucket[0] * 16, bucket[1] * 16)
+        tokens.append(torch.from_numpy(pack(project(image))))
+    return torch.stack(tokens), prompts
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move sigmas towards noise: a s / (1 + (a - 1) s)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def draw_sigmas(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Mostly shifted logit-normal, wide enough for four-step sampling.  # [B]"""
+    normal = torch.sigmoid(torch.randn(batch, generator=generator))
+    kind = torch.rand(batch, generator=generator)
+    wide = math.sqrt(tokens / 64)
+    high, low = shift_sigmas(normal, 4.5 * wide), shift_sigmas(normal, 1.6 * wide)
+    uniform = torch.rand(batch, generator=generator)
+    return torch.where(kind < 0.6, high, torch.where(kind < 0.9, low, uniform))
+
+
+# -- optimisation ------------------------------------------------------------------------------
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearest orthogonal matrices by Newton-Schulz (Muon's quintic).  # [K, M, N]"""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum, orthogonalised; each process does its share of the matrices."""
+
+    def __init__(self, matrices: list[nn.Parameter], rank: int, world: int) -> None:
+        self.matrices = matrices
+        self.momenta = [torch.zeros_like(p) for p in matrices]
+        shapes = sorted({tuple(p.shape) for p in matrices})
+        self.groups = []
+        for shape in shapes:
+            same = [i for i, p in enumerate(matrices) if tuple(p.shape) == shape]
+            self.groups.append(same[rank::world])
+        self.world = world
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float = 0.95) -> None:
+        """One update; `lr` is the root mean square of an element's change, times five."""
+        updates = [torch.zeros_like(p) for p in self.matrices]
+        for group in self.groups:
+            if not group:
+                continue
+            directions = []
+            for index in group:
+                grad, held = self.matrices[index].grad, self.momenta[index]
+                held.lerp_(grad, 1 - momentum)
+                directions.append(grad.lerp(held, momentum))
+            for index, update in zip(group, orthogonalise(torch.stack(directions)), strict=True):
+                updates[index].copy_(update)
+        if self.world > 1:
+            flat = torch.cat([update.flatten() for update in updates])
+            dist.all_reduce(flat)
+            sizes = [update.numel() for update in updates]
+            updates = [
+                part.view_as(update)
+                for part, update in zip(flat.split(sizes), updates, strict=True)
+            ]
+        for parameter, update in zip(self.matrices, updates, strict=True):
+            scale = 0.2 * math.sqrt(max(parameter.shape))
+            parameter.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * scale)
+
+
+def split_parameters(
+    model: FluxTransformer2DModel,
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Block matrices for Muon; embeddings, modulations and vectors for AdamW."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        in_block = "transformer_blocks" in name and parameter.ndim == 2
+        plain = in_block and not name.split(".", 2)[2].startswith("norm")
+        (matrices if plain else rest).append(parameter)
+    return matrices, rest
+
+
+# -- training ----------------------------------------------------------------------------------
+
+
+class FlowTrainer:
+    """The state of a run: models, optimisers, averages, and the time spent."""
+
+    def __init__(self, work: Path, tokenizer_folder: Path, config: FlowConfig, device: str) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.work, self.config, self.device = work, config, device
+        torch.manual_seed(3)
+        self.tokenizers = Tokenizers(tokenizer_folder)
+        self.t5, self.clip = load_encoders(work, self.tokenizers)
+        self.t5.to(device)
+        self.clip.to(device)
+        self.model = build_flow(config).to(device)
+        matrices, rest = split_parameters(self.model)
+        self.muon = Muon(matrices, self.rank, self.world)
+        self.adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.step, self.spent_s, self.pictures, self.loss = 0, 0.0, 0, 1.0
+        self.path = work / "flow.pt"
+        if self.path.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = torch.load(self.path, map_location=self.device, weights_only=False)
+        self.model.load_state_dict(state["model"])
+        self.adamw.load_state_dict(state["adamw"])
+        for held, saved in zip(self.muon.momenta, state["momenta"], strict=True):
+            held.copy_(saved)
+        self.average = state["ema"]
+        self.step, self.spent_s = state["step"], state["spent_s"]
+        self.pictures = state["pictures"]
+
+    def save(self) -> None:
+        """Write the checkpoint; momenta are gathered from all processes."""
+        momenta = [held.clone() for held in self.muon.momenta]
+        if self.world > 1:
+            own = {i for group in self.muon.groups for i in group}
+            for index, held in enumerate(momenta):
+                held.mul_(float(index in own))
+                dist.all_reduce(held)
+        if self.rank:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.average,
+            "adamw": self.adamw.state_dict(),
+            "momenta": momenta,
+            "step": self.step,
+            "spent_s": self.spent_s,
+            "pictures": self.pictures,
+            "config": asdict(self.config),
+        }
+        torch.save(state, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").replace(self.path)
+
+    def losses(self, part: float) -> tuple[Tensor, int]:
+        """The step's loss and how many pictures it saw."""
+        shares, pairs = stage(part)
+        common = np.random.default_rng((17, self.step))  # the same size on every process
+        own = np.random.default_rng((29, self.step, self.rank))
+        choices = BUCKETS[int(common.choice(3, p=shares))]
+        bucket = choices[int(common.integers(len(choices)))]
+        count = bucket[0] * bucket[1]
+        size = max(1, round(self.config.batch * 84 / (count + 20)))
+        tokens, prompts = make_batch(own, bucket, size, pairs, self.config.empty_captions)
+        generator = torch.Generator().manual_seed((self.step * 64 + self.rank) * 7 + 1)
+        sigmas = draw_sigmas(size, count, generator)
+        noise = torch.randn(tokens.shape, generator=generator)
+        tokens, noise, sigmas = (t.to(self.device) for t in (tokens, noise, sigmas))
+        with torch.no_grad():
+            ids = [self.tokenizers.t5_ids(prompts), self.tokenizers.clip_ids(prompts)]
+            states, pooled = encode(self.t5, self.clip, *(i.to(self.device) for i in ids))
+        mix = sigmas[:, None, None]
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+            predicted = self.model(
+                hidden_states=(1 - mix) * tokens + mix * noise,
+                encoder_hidden_states=states,
+                pooled_projections=pooled,
+                timestep=sigmas,
+                img_ids=image_ids(bucket[1], bucket[0], self.config.rope_short_side_tokens).to(
+                    self.device
+                ),
+                txt_ids=torch.zeros(states.shape[1], 3, device=self.device),
+                return_dict=False,
+            )[0]
+        return (predicted.float() - (noise - tokens)).square().mean(), size * self.world
+
+    def update(self, scale: float) -> None:
+        """Average the gradients over processes and step both optimisers."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.world > 1:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.config.lr * scale
+        self.adamw.step()
+        self.muon.step(self.config.matrix_lr * scale)
+        self.model.zero_grad(set_to_none=True)
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            current = self.model.state_dict()
+            torch._foreach_lerp_(
+                list(self.average.values()), [current[k] for k in self.average], 1 - decay
+            )
+
+    def run(self, minutes: float, save_every_s: float = 90) -> None:
+        """Train until `minutes` of training, over all runs together, are spent."""
+        total_s = minutes * 60
+        before = last_save = last_log = time.time()
+        while self.spent_s < total_s:
+            part = self._agree(self.spent_s / total_s)
+            falling = max(0.0, (1 - part) / (1 - self.config.decay_from))
+            loss, size = self.losses(part)
+            loss.backward()
+            self.update(min(1.0, (self.step + 1) / 100, falling))
+            self.step += 1
+            self.pictures += size
+            self.loss += 0.02 * (loss.item() - self.loss)
+            now = time.time()
+            self.spent_s = self._agree(self.spent_s + now - before)
+            before = now
+            if self.rank == 0 and now - last_log > 20:
+                last_log = now
+                log = {"step": self.step, "part": round(part, 4), "loss": round(self.loss, 4)}
+                log |= {"pictures": self.pictures, "spent_s": round(self.spent_s)}
+                print(json.dumps(log), flush=True)
+            if self._agree(now - last_save) > save_every_s:
+                last_save = now
+                self.save()
+        self.save()
+
+    def _agree(self, value: float) -> float:
+        """The first process's value, so that all take the same decisions."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+
+def train_flow(
+    work: Path, tokenizer_folder: Path, config: FlowConfig, minutes: float, device: str
+) -> None:
+    """Train or go on training; started under torchrun, with as many processes as it was given."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+    FlowTrainer(work, tokenizer_folder, config, device).run(minutes)
+    if dist.is_initialized():
+        dist.destroy_process_group()

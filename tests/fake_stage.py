@@ -1,0 +1,97 @@
+"""A stage without torch: takes the real jobs, says the real events, writes the real files, computes nothing.
+
+`FAKE_LOG` names a file that gets one JSON line for each thing that happens; `FAKE_FAIL` what goes wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fluxsplit.jobs import DecodeJob, SampleJob, TextJob, job_from_json
+from fluxsplit.latents import read_latents, write_latent
+from fluxsplit.recipe import Recipe, WeightsStamp
+
+
+def say(event: str, **fields: Any) -> None:
+    """Write an event."""
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def log(what: str, **fields: Any) -> None:
+    """Note what happens, for the test to look at."""
+    with Path(os.environ["FAKE_LOG"]).open("a") as file:
+        file.write(json.dumps({"what": what, "pid": os.getpid(), **fields}) + "\n")
+
+
+def main() -> None:
+    """Run the stage."""
+    stage = sys.argv[1]
+    log("start", stage=stage)
+    say("ready")
+    line = sys.stdin.readline()
+    if not line:
+        return
+    job = job_from_json(stage, line)
+    log("job", stage=stage, job=json.loads(line))
+    if os.environ.get("FAKE_FAIL") == f"{stage} hangs":
+        say("note", text="hanging")
+        time.sleep(60)
+    if os.environ.get("FAKE_FAIL") == f"{stage} out of memory":
+        say("error", exit_code=4, message="no room", hint="smaller --size", traceback="Traceback of the stage")
+        return
+    results, failures = {"text": text, "sample": sample, "decode": decode}[stage](job)
+    log("done", stage=stage)
+    say("done", results=results, failures=failures)
+
+
+def text(job: TextJob) -> tuple[int, int]:
+    """Conditioning files that hold the prompt alone."""
+    for prompt, output in zip(job.prompts, job.outputs, strict=True):
+        Path(output).write_text(prompt)
+        say("result", path=output)
+    say("text", done=len(job.prompts), total=len(job.prompts))
+    return len(job.prompts), 0
+
+
+def sample(job: SampleJob) -> tuple[int, int]:
+    """Latents of zeros."""
+    failures = 0
+    for number, image in enumerate(job.images):
+        if os.environ.get("FAKE_FAIL") == f"seed {image.seed}":
+            failures += 1
+            say("failed", item=f"seed {image.seed}", message="NaN at step 2", hint="try --dtype fp32")
+            continue
+        say("step", image=number, images=len(job.images), step=1, steps=1, step_s=0.01)
+        stamp = WeightsStamp("demo", os.environ.get("FAKE_SHA256", ""))
+        recipe = Recipe(
+            prompt=image.prompt, seed=image.seed, width=image.width, height=image.height, steps=1, sigmas=(1.0, 0.0),
+            sampler=image.sampler, scheduler=image.scheduler, shift=image.shift, guidance=image.guidance, cfg=image.cfg,
+            negative=image.negative, noise_index=image.noise_index, variant="schnell", transformer=stamp,
+            text_encoder=stamp, clip=stamp, dtype="fp32", device="cpu",
+        )  # fmt: skip
+        shape = (1, 16, image.height // 8, image.width // 8)
+        payload = bytes(4 * 16 * shape[2] * shape[3])
+        path = write_latent(job.out, f"latent-{image.seed}", payload, shape, recipe, format=job.format)
+        say("result", path=str(path), recipe=json.loads(recipe.to_json()))
+    return len(job.images) - failures, failures
+
+
+def decode(job: DecodeJob) -> tuple[int, int]:
+    """Pictures that hold nothing."""
+    Path(job.out).mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(job.latents):
+        recipe = read_latents(path)[0].recipe
+        picture = Path(job.out) / f"{Path(path).stem}.png"
+        picture.write_bytes(b"")
+        say("result", path=str(picture), recipe=recipe and json.loads(recipe.to_json()))
+        say("decode", done=number + 1, total=len(job.latents))
+    return len(job.latents), 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,486 @@
+"""The command line: arguments → jobs or an error, with stages that compute nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, write
+
+from fluxsplit import cli, models
+from fluxsplit.fingerprint import file_sha256
+from fluxsplit.settings import WORKFLOW
+
+FAKE_STAGE = Path(__file__).parent / "fake_stage.py"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: list[str]
+    err: str
+    log: list[dict[str, Any]]
+
+    def job(self, stage: str) -> dict[str, Any]:
+        """The one job of a stage."""
+        (job,) = [entry["job"] for entry in self.log if entry["what"] == "job" and entry["stage"] == stage]
+        return job
+
+    @property
+    def images(self) -> list[dict[str, Any]]:
+        """The images of the sample job."""
+        return self.job("sample")["images"]
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bare machine with a demo model, and the folder in which commands run."""
+    for name in [name for name in os.environ if name.startswith("FLUXSPLIT_")] + ["HF_HOME", "HF_HUB_CACHE"]:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(models, "DEMO_FOLDER", tmp_path / "demo")
+    demo = write(tmp_path / "demo" / "flux-demo.safetensors", all_in_one())
+    tokenizers(tmp_path / "demo" / "tokenizers")
+    monkeypatch.setenv("FAKE_SHA256", file_sha256(demo))
+    monkeypatch.setattr("fluxsplit.executor.stage_command", lambda stage: [sys.executable, str(FAKE_STAGE), stage])
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+@pytest.fixture
+def run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line as the installed command would, in this process."""
+
+    def run_command(*words: str | Path, stdin: str | None = None) -> Ran:
+        stream = io.TextIOWrapper(io.BytesIO((stdin or "").encode()), "utf-8")
+        monkeypatch.setattr(stream, "isatty", lambda: stdin is None, raising=False)
+        monkeypatch.setattr("sys.stdin", stream)
+        (tmp_path / "log").unlink(missing_ok=True)
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(word) for word in words])
+        printed = capfd.readouterr()
+        log = (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
+        code = caught.value.code
+        assert isinstance(code, int)
+        return Ran(code, printed.out.splitlines(), printed.err, [json.loads(line) for line in log])
+
+    return run_command
+
+
+def test_sample_with_the_demo_model(run: Run, home: Path) -> None:
+    ran = run("sample", "-p", "a red circle", "--seed", "7")
+    assert ran.code == 0
+    assert ran.out == [str(home / "latents" / "latent-7.pt")]
+    assert "no model given: using the demo model" in ran.err
+    (image,) = ran.images
+    assert (image["prompt"], image["seed"], image["width"], image["height"]) == ("a red circle", 7, 512, 512)
+    assert image["steps"] is image["guidance"] is image["shift"] is None
+    assert ran.job("text")["prompts"] == ["a red circle"]
+    assert ran.job("sample")["files"]["is_demo"] is True
+
+
+def test_the_text_stage_is_gone_before_the_transformer_is_touched(run: Run) -> None:
+    ran = run("sample", "-p", "x", "--seed", "1")
+    order = [(entry["what"], entry["stage"]) for entry in ran.log]
+    assert order.index(("done", "text")) < order.index(("job", "sample"))
+    assert order.index(("start", "sample")) < order.index(("done", "sample"))
+    conditioning = ran.images[0]["conditioning"]
+    assert not Path(conditioning).exists() and not Path(conditioning).parent.exists()
+
+
+def test_every_prompt_with_every_seed(run: Run) -> None:
+    ran = run("sample", "-p", "a", "-p", "b", "-p", "a", "--seed", "7..8", "--seed", "20", "-n", "2", "--size", "64×32")
+    assert [(image["prompt"], image["seed"]) for image in ran.images] == [
+        (prompt, seed) for prompt in "ab" for seed in (7, 8, 9, 20, 21)
+    ]
+    assert len(ran.job("text")["prompts"]) == 2
+    assert {image["conditioning"] for image in ran.images if image["prompt"] == "b"} == {ran.job("text")["outputs"][1]}
+    assert {(image["width"], image["height"]) for image in ran.images} == {(64, 32)}
+
+
+def test_seeds_are_drawn_and_printed(run: Run) -> None:
+    ran = run("sample", "-p", "a", "--size", "64x64")
+    assert f"fluxsplit: seed {ran.images[0]['seed']}\n" in ran.err
+    assert 0 <= ran.images[0]["seed"] < 2**32
+    assert run("sample", "-p", "a", "--size", "64x64").images[0]["seed"] != ran.images[0]["seed"]
+
+
+def test_every_flag_arrives(run: Run, home: Path) -> None:
+    ran = run(
+        "sample", "-p", "a", "--negative", "blur", "--cfg", "2", "--seed", 2**64 - 1, "--size", "16x24", "--steps", "3",
+        "--scheduler", "beta", "--shift", "1.15", "--sampler", "heun", "--noise-index", "2", "--dtype", "bf16",
+        "--device", "cpu", "-o", "o", "--format", "latent",
+    )  # fmt: skip
+    image = ran.images[0]
+    expected = dict(
+        negative="blur", cfg=2.0, seed=2**64 - 1, width=16, height=24, steps=3, scheduler="beta", shift=1.15,
+        sampler="heun", noise_index=2,
+    )  # fmt: skip
+    assert {name: image[name] for name in expected} == expected
+    assert ran.job("text")["prompts"] == ["a", "blur"]
+    assert image["negative_conditioning"] == ran.job("text")["outputs"][1]
+    job = ran.job("sample")
+    assert (job["dtype"], job["device"], job["format"], job["out"]) == ("bf16", "cpu", "latent", str(home / "o"))
+    assert ran.out == [str(home / "o" / f"latent-{2**64 - 1}.latent")]
+
+
+def test_sigmas(run: Run) -> None:
+    assert run("sample", "-p", "a", "--sigmas", "1, 0.5 0").images[0]["sigmas"] == [1.0, 0.5, 0.0]
+
+
+def test_prompts_from_a_file_and_from_stdin(run: Run, home: Path) -> None:
+    (home / "prompts.txt").write_text("\ufeffone\n\n# no\n  two  \r\n", "utf-8")
+    assert run("sample", "--prompt-file", "prompts.txt").job("text")["prompts"] == ["one", "two"]
+    assert run("sample", stdin="drei ä\nvier\n").job("text")["prompts"] == ["drei ä", "vier"]
+    assert run("sample", "-p", "x", "-p", "-", stdin="y\n").job("text")["prompts"] == ["x", "y"]
+    assert run("sample", "-p", "x", stdin="y\n").job("text")["prompts"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-p", "a", "--size", "1000x1001"], "size 1000x1001 is not a multiple of 8; the nearest that work are 1000x1000 and 1000x1008"),
+        (["-p", "a", "--size", "big"], "size 'big' is not WIDTHxHEIGHT"),
+        (["-p", "a", "--size", "0x64"], "width 0 is outside"),
+        (["-p", "a", "--seed", "-1"], "seed '-1' is neither a number nor a range"),
+        (["-p", "a", "--seed", "18446744073709551616"], "goes beyond 2^64-1"),
+        (["-p", "a", "--seed", "18446744073709551615", "-n", "2"], "with --count 2 goes beyond 2^64-1"),
+        (["-p", "a", "--seed", "9..7"], "runs backwards; write it as 7..9"),
+        (["-p", "a", "--seed", "0..99999999999"], "one run makes at most 10000 images"),
+        (["-p", "a", "-n", "0"], "count 0 is outside 1..10000"),
+        (["-p", "a", "--negative", "b"], "a negative prompt has no effect with --cfg 1"),
+        (["-p", "a", "--cfg", "nan"], "--cfg nan is outside"),
+        (["-p", "a", "--sigmas", "1,2,0"], "do not fall from at most 1 to 0"),
+        (["-p", "a", "--sigmas", "1,x,0"], "are not numbers"),
+        (["-p", "a", "--sigmas", "1,0", "--steps", "4"], "2 sigmas make 1 steps, not 4"),
+        (["-p", "a", "--sigmas", "1,0", "--shift", "1"], "--shift has no effect"),
+        (["-p", "a", "--sigmas", "1,0", "--scheduler", "beta"], "--scheduler has no effect"),
+        (["-p", "a", "--sampler", "eular"], "is not one of euler, heun, dpmpp_2m; did you mean euler?"),
+        (["-p", "a", "--scheduler", "karras"], "is not one of simple, normal"),
+        (["-p", "a", "--shift", "big"], "shift 'big' is neither auto nor a number"),
+        (["-p", "a", "--shift", "inf"], "outside -100..100"),
+        (["-p", "a", "--steps", "0"], "--steps 0 is outside 1..1000"),
+        (["-p", "a", "--noise-index", "-1"], "--noise-index -1 is outside"),
+        (["-p", "a", "--dtype", "fp8"], "--dtype 'fp8' is not one of"),
+        (["-p", "a", "--format", "png"], "--format 'png' is not one of"),
+        (["-p", "a", "--device", "gpu"], "device 'gpu' is not known"),
+        (["-p", "a", "--guidance", "3"], "is schnell, which takes none"),
+        (["-p", "a", "--vae", "x"], "--vae is given without --model"),
+        (["-p", "a", "-p", "b", "--save-conditioning", "c"], "keeps one prompt, 2 are given"),
+        (["-p", "a", "--conditioning", "nope"], "there is no such file; make one with --save-conditioning"),
+        (["--conditioning", "x", "--save-conditioning", "y"], "would copy"),
+        (["-p", "a", "--conditioning", "x", "--cfg", "2"], "needs the text encoders"),
+        (["-p", "\udcff"], "is not valid text"),
+        (["-p", "a" * 100_001], "100001 characters"),
+        (["--prompt-file", "nope.txt"], "nope.txt cannot be read: No such file"),
+        ([], "there is no prompt"),
+    ],
+)  # fmt: skip
+def test_usage_errors_of_sample(run: Run, words: list[str], said: str) -> None:
+    ran = run("sample", *words)
+    assert said in ran.err, ran.err
+    assert ran.code == 2
+    assert ran.out == [] and ran.log == []
+    assert len(ran.err.strip().splitlines()) == 1 and ran.err.startswith("fluxsplit: ")
+
+
+@pytest.mark.parametrize("words", [["sample", "--steps", "x"], ["sample", "--modle", "x"], ["smaple"], ["decode"], []])
+def test_usage_errors_of_the_parser(run: Run, words: list[str]) -> None:
+    assert run(*words).code == 2
+
+
+def test_an_empty_pipe_is_no_prompt(run: Run) -> None:
+    ran = run("sample", stdin="\n# nothing\n")
+    assert (ran.code, ran.err) == (2, "fluxsplit: stdin holds no prompt; write one prompt a line\n")
+
+
+def real_model(folder: Path, shapes: Shapes | None = None) -> Path:
+    """A model in a file of its own, with tokenizers beside it."""
+    tokenizers(folder / "tokenizers")
+    return write(folder / "flux.safetensors", all_in_one() if shapes is None else shapes)
+
+
+def test_a_model_of_ones_own(run: Run, tmp_path: Path) -> None:
+    ran = run("sample", "-p", "a", "-m", real_model(tmp_path / "m", all_in_one(dev=True)), "--guidance", "2")
+    assert (ran.images[0]["width"], ran.images[0]["guidance"]) == (1024, 2.0)
+    assert "demo" not in ran.err
+
+
+def test_parts_that_were_found_are_told(run: Run, tmp_path: Path) -> None:
+    model = real_model(tmp_path / "m", transformer())
+    write(tmp_path / "m" / "encoder.safetensors", t5())
+    write(tmp_path / "m" / "l.safetensors", clip())
+    ran = run("sample", "-p", "a", "-m", model)
+    assert f"T5 found: {tmp_path / 'm' / 'encoder.safetensors'}" in ran.err
+    assert ran.code == 0
+
+
+def test_missing_model_files_exit_with_3(run: Run, tmp_path: Path) -> None:
+    assert run("sample", "-p", "a", "-m", "nope.safetensors").code == 3
+    ran = run("sample", "-p", "a", "-m", write(tmp_path / "t.safetensors", transformer()))
+    assert ran.code == 3 and "comfyanonymous/flux_text_encoders" in ran.err and ran.log == []
+
+
+def conditioning_file(path: Path, prompt: str = "a fox") -> Path:
+    return write(path, {"t5": (1, 8, 4096), "pooled": (1, 768)}, "F32", {"prompt": json.dumps(prompt)})
+
+
+def test_a_conditioning_needs_no_text_stage(run: Run, tmp_path: Path) -> None:
+    model = write(tmp_path / "t.safetensors", transformer())
+    file = conditioning_file(tmp_path / "c.safetensors")
+    ran = run("sample", "-m", model, "--conditioning", file, "--seed", "1..2")
+    assert [entry["stage"] for entry in ran.log if entry["what"] == "start"] == ["sample"]
+    assert {(image["prompt"], image["conditioning"]) for image in ran.images} == {("a fox", str(file))}
+    assert ran.job("sample")["files"]["text_encoder"] == ""
+    assert run("sample", "-m", model, "--conditioning", file, "-p", "label").images[0]["prompt"] == "label"
+    assert run("sample", "-m", model, "--conditioning", file, "-p", "a", "-p", "b").code == 2
+
+
+def test_what_is_no_conditioning(run: Run, tmp_path: Path) -> None:
+    ran = run("sample", "--conditioning", write(tmp_path / "c.safetensors", vae()))
+    assert ran.code == 1 and "a conditioning holds t5 and pooled" in ran.err
+
+
+def test_save_conditioning(run: Run, home: Path) -> None:
+    ran = run("sample", "-p", "a", "--cfg", "2", "--save-conditioning", "c.safetensors")
+    assert ran.job("text")["outputs"][0] == str(home / "c.safetensors")
+    assert (home / "c.safetensors").read_text() == "a"
+    again = run("sample", "-p", "a", "--save-conditioning", "c.safetensors")
+    assert again.code == 2 and "is there already" in again.err
+
+
+def test_some_failed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "seed 8")
+    ran = run("sample", "-p", "a", "--seed", "7..9", "-q")
+    assert (ran.code, len(ran.out)) == (1, 2)
+    assert ran.err == "fluxsplit: seed 8: NaN at step 2; try --dtype fp32\n"
+
+
+@pytest.mark.parametrize("stage", ["text", "sample", "decode"])
+def test_out_of_memory_exits_with_4(run: Run, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    latent = run("sample", "-p", "a", "--seed", "1").out[0]
+    monkeypatch.setenv("FAKE_FAIL", f"{stage} out of memory")
+    words = ["decode", latent] if stage == "decode" else ["sample", "-p", "a", "-q", "--seed", "1"]
+    ran = run(*words)
+    assert (ran.code, ran.err) == (4, "fluxsplit: no room; smaller --size\n")
+    debug = run(*words, "--debug")
+    assert "Traceback of the stage" in debug.err and debug.err.endswith("fluxsplit: no room; smaller --size\n")
+    assert debug.code == 4
+
+
+def test_json_lines(run: Run) -> None:
+    ran = run("sample", "-p", "a", "--seed", "1..2", "--json")
+    lines = [json.loads(line) for line in ran.out]
+    assert [line["recipe"]["seed"] for line in lines] == [1, 2]
+    assert all(Path(line["path"]).is_file() for line in lines)
+
+
+def test_dry_run(run: Run) -> None:
+    ran = run("sample", "-p", "a [red] fox", "--seed", "3..4", "--dry-run", "--size", "64x32")
+    text = "\n".join(ran.out)
+    assert ran.code == 0 and ran.log == []
+    assert "flux-demo.safetensors" in text and "64x32" in text and "a [red] fox" in text and "latents" in text
+    plan = json.loads(run("sample", "-p", "a", "--seed", "3", "--dry-run", "--json", "--steps", "7").out[0])
+    assert plan["variant"] == "schnell"
+    assert plan["images"][0]["seed"] == 3 and plan["images"][0]["steps"] == 7
+    assert plan["files"]["transformer"]["dtypes"]
+
+
+def test_decode_finds_the_demo_vae_by_the_recipe(run: Run, home: Path, tmp_path: Path) -> None:
+    run("sample", "-p", "a", "--seed", "1..3")
+    ran = run("decode", "latents", "--overwrite", "--delete-latents")
+    assert ran.out == [str(home / "images" / f"latent-{seed}.png") for seed in (1, 2, 3)]
+    job = ran.job("decode")
+    assert job["vae"] == str(tmp_path / "demo" / "flux-demo.safetensors")
+    assert job["overwrite"] is job["delete_latents"] is True
+
+
+def test_sample_decode_in_a_pipe(run: Run, home: Path) -> None:
+    made = run("sample", "-p", "a", "--seed", "1..2").out
+    ran = run("decode", "-", "-o", "p", stdin="\n".join(made) + "\n")
+    assert ran.out == [str(home / "p" / "latent-1.png"), str(home / "p" / "latent-2.png")]
+
+
+def test_decode_by_vae_model_or_setting(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = run("sample", "-p", "a", "--seed", "1").out[0]
+    lone, model = write(tmp_path / "ae.safetensors", vae()), real_model(tmp_path / "m")
+    assert run("decode", latent, "--vae", lone).job("decode")["vae"] == str(lone)
+    assert run("decode", latent, "--model", model).job("decode")["vae"] == str(model)
+    monkeypatch.setenv("FLUXSPLIT_VAE", str(lone))
+    assert run("decode", latent, "--model", model).job("decode")["vae"] == str(model)
+    assert run("decode", latent).job("decode")["vae"] == str(tmp_path / "demo" / "flux-demo.safetensors")
+    monkeypatch.setenv("FAKE_SHA256", "ab" * 32)
+    other = run("sample", "-p", "a", "--seed", "2").out[0]
+    assert run("decode", other).job("decode")["vae"] == str(lone)
+    both = run("decode", latent, other)
+    vaes = [entry["job"]["vae"] for entry in both.log if entry["what"] == "job"]
+    assert (both.code, len(both.out), len(set(vaes))) == (0, 2, 2)
+
+
+def test_decode_without_a_vae(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = run("sample", "-p", "a", "--seed", "1").out[0]
+    monkeypatch.setenv("FAKE_SHA256", "ab" * 32)
+    others = run("sample", "-p", "a", "--seed", "2..3").out
+    ran = run("decode", *others)
+    assert ran.code == 3 and "ae.safetensors (335 MB)" in ran.err and len(ran.err.splitlines()) == 1
+    mixed = run("decode", demo, *others)
+    assert (mixed.code, len(mixed.out), mixed.err.count("no VAE found")) == (1, 1, 2)
+
+
+def test_what_cannot_be_decoded_is_reported_and_the_rest_go_on(run: Run, home: Path) -> None:
+    latent = run("sample", "-p", "a", "--seed", "1").out[0]
+    (home / "bad.pt").write_bytes(b"PK\x03\x04 bad")
+    ran = run("decode", "bad.pt", latent, "gone.pt")
+    assert (ran.code, len(ran.out)) == (1, 1)
+    assert "bad.pt" in ran.err and "gone.pt" in ran.err
+    assert run("decode", "gone.pt").code == 2
+    assert run("decode", "bad.pt").code == 1
+
+
+def test_usage_errors_of_decode(run: Run, home: Path) -> None:
+    (home / "empty").mkdir()
+    for words, said in [
+        (["empty"], "holds no latent file"),
+        (["-"], "there is no latent file to decode"),
+        (["x.pt", "--dtype", "int8"], "is not one of"),
+        (["x.pt", "--device", "?"], "is not known"),
+    ]:
+        ran = run("decode", *words, stdin="")
+        assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
+def test_settings_stand_in_for_flags(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "fluxsplit.toml").write_text('[sample]\nsteps = 3\nsampler = "heun"\nguidance = 2\nout = "there"\n')
+    monkeypatch.setenv("FLUXSPLIT_SAMPLE_CFG", "1.5")
+    ran = run("sample", "-p", "a", "--sampler", "euler", "--seed", "1")
+    image = ran.images[0]
+    assert (image["steps"], image["sampler"], image["cfg"]) == (3, "euler", 1.5)
+    assert image["guidance"] is None  # a default meant for dev does not stop schnell
+    assert ran.out == [str(home / "there" / "latent-1.pt")]
+    (home / "fluxsplit.toml").write_text("[sample]\nstpes = 3\n")
+    ran = run("sample", "-p", "a")
+    assert (ran.code, "did you mean steps?" in ran.err) == (2, True)
+
+
+def test_workflow_files(run: Run, home: Path) -> None:
+    (home / "s.toml").write_text('[sample]\nprompt = "a"\nseed = [7, "9..10"]\nsize = "64x64"\nquiet = true\n')
+    ran = run("run", "s.toml")
+    assert (ran.code, ran.err) == (0, "")
+    assert [image["seed"] for image in ran.images] == [7, 9, 10]
+    (home / "d.toml").write_text('[decode]\nlatents = ["latents"]\nout = "p"\njson = true\n')
+    assert [json.loads(line)["recipe"]["seed"] for line in run("run", "d.toml").out] == [10, 7, 9]
+    (home / "d.toml").write_text('[decode]\nlatnets = ["latents"]\n')
+    ran = run("run", "d.toml")
+    assert (ran.code, "did you mean latents?" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["sample", "decode"])
+def test_the_shipped_workflows_run(run: Run, command: str) -> None:
+    for name in ["sample", "decode"][: 1 + (command == "decode")]:
+        ran = run("run", Path(__file__).parents[1] / "workflows" / f"{name}.toml")
+        assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("command", ["sample", "decode"])
+def test_every_flag_is_a_setting(command: str) -> None:
+    import typer
+
+    flags = {parameter.name for parameter in typer.main.get_command(cli.app).commands[command].params}  # type: ignore[attr-defined]
+    assert flags - {"debug", "help"} == set(WORKFLOW[command])
+
+
+def test_info(run: Run, tmp_path: Path) -> None:
+    latent = run("sample", "-p", "a fox", "--seed", "1").out[0]
+    ran = run("info", latent)
+    assert ran.code == 0 and "a fox" in "\n".join(ran.out)
+    model = real_model(tmp_path / "m")
+    ran = run("info", "--json", latent, model)
+    assert [json.loads(line)["path"] for line in ran.out] == [latent, str(model)]
+    ran = run("info", "gone.pt", latent)
+    assert ran.code == 1 and "gone.pt" in ran.err and ran.out
+    assert run("info", "gone.pt").code == 2
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version").out == ["fluxsplit 0.1.0"]
+    text = "\n".join(run("sample", "--help").out)
+    assert all(title in text for title in ("Picture:", "Sampling:", "Model files:", "Machine:", "Output:", "Examples:"))
+
+
+def test_a_bug_is_one_line_and_a_traceback_only_with_debug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("fluxsplit.cli_sample.plan_sample", broken)
+    ran = run("sample", "-p", "a")
+    assert (ran.code, len(ran.err.splitlines())) == (1, 1)
+    assert "ZeroDivisionError: oops" in ran.err and "--debug" in ran.err
+    assert "Traceback" in run("--debug", "sample", "-p", "a").err
+
+
+def started(home: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, with the fake stages."""
+    script = (
+        "import sys; from pathlib import Path; import fluxsplit.executor as e, fluxsplit.models as m, fluxsplit.cli as c;"
+        f"e.stage_command = lambda stage: [sys.executable, {str(FAKE_STAGE)!r}, stage];"
+        f"m.DEMO_FOLDER = Path({str(models.DEMO_FOLDER)!r}); c.main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(home), **environment},
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interruption_ends_the_stages_and_leaves_nothing(home: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = started(home, "sample", "-p", "a", "--seed", "1", FAKE_FAIL="sample hangs")
+    log = tmp_path / "log"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (log.exists() and '"stage": "sample", "job"' in log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    for entry in map(json.loads, log.read_text().splitlines()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(entry["pid"], 0)
+    assert not list(home.glob("fluxsplit-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_a_reader_that_leaves_early(home: Path) -> None:
+    process = started(home, "sample", "-p", "a", "--seed", "1..50", "--size", "64x64")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(30) == 1
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
