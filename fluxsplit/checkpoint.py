@@ -275,7 +275,7 @@ def _source(header: Header, tensor: TensorInfo, target: Target, formats: dict[st
     if dtype not in _FLOATS:
         raise FluxsplitError(f"{Path(header.path).name} stores {tensor.name} as {tensor.dtype}, not as a float")
     rows = tensor.shape[0] if tensor.shape else 1
-    runs = ((0, rows),)
+    runs: tuple[tuple[int, int], ...] = ((0, rows),)
     if target.rows is not None:
         hidden = _hidden_size(header, prefix)
         runs = ((target.rows[0] * hidden, target.rows[1] * hidden),)

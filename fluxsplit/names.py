@@ -83,7 +83,10 @@ def transformer_targets(name: str) -> tuple[Target, ...]:
         # BFL stores (shift, scale), diffusers' AdaLayerNormContinuous wants (scale, shift).
         return (Target(f"norm_out.linear.{leaf}", swap_halves=True),)
     match = re.fullmatch(r"(double|single)_blocks\.(\d{1,4})\.(.+)", stem)
-    return _block_targets(*match.groups(), leaf) if match else ()
+    if not match:
+        return ()
+    kind, index, rest = match.groups()
+    return _block_targets(kind, index, rest, leaf)
 
 
 def _block_targets(kind: str, index: str, rest: str, leaf: str) -> tuple[Target, ...]:

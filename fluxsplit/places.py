@@ -63,7 +63,8 @@ def extra_model_paths(file: Path) -> dict[str, list[Path]]:
     except OSError:
         return {}
     folders: dict[str, list[Path]] = {}
-    base, block, entries = "", "", []
+    base, block = "", ""
+    entries: list[tuple[str, str]] = []
     for line in [*lines, "end:"]:
         if line[:1] not in ("", " ", "\t", "#"):  # a new section: the last one is complete
             for key, value in entries:

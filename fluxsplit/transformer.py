@@ -77,7 +77,8 @@ class Flux:
             # ComfyUI rounds the guidance to the compute dtype before it multiplies: 3.5 is 3504 in bf16.
             scaled = torch.tensor([guidance], dtype=self.dtype, device=self.device) * 1000
             temb = temb + embed.guidance_embedder(embed.time_proj(scaled).to(self.dtype))
-        return temb + embed.text_embedder(pooled.to(self.device, self.dtype))
+        with_text: torch.Tensor = temb + embed.text_embedder(pooled.to(self.device, self.dtype))
+        return with_text
 
     def _ids(self, text_tokens: int, rows: int, columns: int) -> torch.Tensor:
         """Position of every token [T + N, 3] as (0, row, column); text tokens all sit at 0 (BFL `sampling.py`).

@@ -8,7 +8,7 @@ from torch import nn
 
 from fluxsplit.checkpoint import Part
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.weights import WeightFiles, fill
+from fluxsplit.weights import StoredLinear, WeightFiles, fill
 
 LATENT_CHANNELS = 16
 NORM_GROUPS = 32
@@ -31,19 +31,19 @@ class Vae:
 
         Rounded down, as ComfyUI writes PNGs (`nodes.py`, SaveImage). Raises FluxsplitError on a non-finite picture.
         """
-        decoded = self.module.decode(latents.to(self.device, self.dtype)).sample[0].float()
+        decoded: torch.Tensor = self.module.decode(latents.to(self.device, self.dtype)).sample[0].float()
         if not bool(decoded.isfinite().all()):
             raise FluxsplitError("the decoded picture holds NaN or infinity", "decode with --dtype fp32")
         unit = ((decoded + 1) / 2).clamp(0, 1)  # [3, H, W]
-        return (unit * 255).to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+        levels: torch.Tensor = (unit * 255).to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+        return levels
 
 
 def _as_dense(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Expand the few matrices of the attention for good: the whole VAE is 0.2 GB at most."""
     for child in module.modules():
-        if hasattr(child, "stored"):
-            child.stored = child.expanded(dtype, device).clone()
-            child.scale = None
+        if isinstance(child, StoredLinear):
+            child.make_dense(dtype, device)
 
 
 def _dimensions(part: Part) -> dict[str, object]:

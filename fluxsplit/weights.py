@@ -97,13 +97,22 @@ class StoredLinear(nn.Module):
         self.name = name
         self.stored = stored  # [out, in]
         self.scale = scale
-        self.register_buffer("bias", bias, persistent=False)
+        self.bias = bias  # [out], in the compute dtype
         self._checked = stored.dtype not in fp8.FLOAT8
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out], in x's dtype."""
-        bias: torch.Tensor | None = self.bias
-        return F.linear(x, self.expanded(x.dtype, x.device), bias)
+        return F.linear(x, self.expanded(x.dtype, x.device), self.bias)
+
+    def move(self, device: torch.device) -> int:
+        """Keep the matrix on `device` from now on; returns its bytes."""
+        self.stored = self.stored.to(device)
+        return self.stored.nbytes
+
+    def make_dense(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Expand the matrix for good."""
+        self.stored = self.expanded(dtype, device).clone()
+        self.scale = None
 
     def expanded(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The matrix [out, in] in `dtype` on `device`; a copy unless it is stored so."""
@@ -187,8 +196,7 @@ def keep_resident(module: nn.Module, device: torch.device, budget_bytes: int) ->
     kept = 0
     for child in module.modules():
         if isinstance(child, StoredLinear) and kept + child.stored.nbytes <= budget_bytes:
-            child.stored = child.stored.to(device)
-            kept += child.stored.nbytes
+            kept += child.move(device)
     return kept
 
 

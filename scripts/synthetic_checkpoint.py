@@ -189,17 +189,19 @@ class Values:
         left = math.prod(shape)
         if len(shape) == 1:  # norms near 1, biases near 0
             centre = 0.0 if name.endswith("bias") else 1.0
-            values = centre + 0.02 * self._pool.roll(-self._at)[:left]
-            self._at = (self._at + left) % len(self._pool)
+            self._at = 0 if self._at + left > len(self._pool) else self._at
+            values = centre + 0.02 * self._pool[self._at : self._at + left]
+            self._at += left
             yield values.to(dtype).view(torch.uint8).numpy().tobytes()
             return
         spread = 0.02 if "embed" in name or "shared" in name else 1 / math.sqrt(math.prod(shape[1:]))
         pool = self._cast.setdefault((spread, dtype), (self._pool * spread).to(dtype).view(torch.uint8))
         size = dtype.itemsize
         while left:
+            self._at %= len(self._pool)
             count = min(left, len(self._pool) - self._at)
             yield pool[self._at * size : (self._at + count) * size].numpy().tobytes()
-            self._at = (self._at + count) % len(self._pool)
+            self._at += count
             left -= count
 
 

@@ -139,7 +139,7 @@ def test_a_death_without_a_word_is_explained(body: str, kind: type[FluxsplitErro
 
 def test_a_stage_that_cannot_even_start_is_explained() -> None:
     job = DecodeJob(("a" * 300_000,), "v", "o", "cpu")  # more than a pipe holds: writing it meets a closed pipe
-    with pytest.raises(FluxsplitError, match="exit code 1.*ModuleNotFoundError"):
+    with pytest.raises(FluxsplitError, match=r"exit code 1.*ModuleNotFoundError"):
         list(run_stage("decode", job, [sys.executable, "-c", "import no_such_module"]))
 
 
@@ -148,16 +148,13 @@ def test_a_death_after_done_is_no_error() -> None:
 
 
 def test_leaving_early_ends_the_process() -> None:
-    process: StageProcess | None = None
-    with (
-        pytest.raises(KeyboardInterrupt),
-        StageProcess("decode", fake("say(event='note', text='')\ntime.sleep(60)")) as process,
-    ):
+    process = StageProcess("decode", fake("say(event='note', text='')\ntime.sleep(60)"))
+    with pytest.raises(KeyboardInterrupt), process:
         process.submit(JOB)
         for event in process.events():
             if event["event"] == "note":
                 raise KeyboardInterrupt
-    assert process is not None and process._process.poll() is not None
+    assert process._process.poll() is not None
 
 
 @POSIX_ONLY
@@ -175,7 +172,7 @@ def test_a_stubborn_stage_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         process.submit(JOB)
         assert [next(event for event in process.events() if event["event"] == "note")]
     assert process._process.returncode == -signal.SIGKILL
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 @POSIX_ONLY
@@ -214,7 +211,7 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def gone(pid: int) -> bool:
-    for _ in range(100):
+    for _ in range(300):
         if not alive(pid):
             return True
         time.sleep(0.1)
@@ -228,7 +225,7 @@ def test_the_stage_dies_with_its_parent(parent: subprocess.Popen[str], how: str)
     stage = int(parent.stdout.readline())
     assert alive(stage)
     parent.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGINT)
-    assert parent.wait(20) == (-signal.SIGKILL if how == "kill -9" else 130)
+    assert parent.wait(60) == (-signal.SIGKILL if how == "kill -9" else 130)
     assert gone(stage)
 
 

@@ -183,13 +183,13 @@ def peak_bytes():
     with open("/proc/self/status") as file:  # ru_maxrss would begin with the parent's
         return int(re.search(r"VmHWM:\\s*(\\d+) kB", file.read())[1]) * 1024
 for path in sys.argv[1:]:
-    before_bytes, started_s = peak_bytes(), time.monotonic()
+    before_bytes, started_s = peak_bytes(), time.process_time()
     try:
         read_latents(path)
         line = "ACCEPTED"
     except FluxsplitError as error:
         line = type(error).__name__ + " " + error.line()
-    print(time.monotonic() - started_s, peak_bytes() - before_bytes, line, sep="\\t")
+    print(time.process_time() - started_s, peak_bytes() - before_bytes, line, sep="\\t")
 """
 
 
@@ -295,12 +295,10 @@ def test_damage_is_refused(
 
 
 @pytest.mark.torture
-@settings(max_examples=30_000, deadline=None)
-@given(st.integers(0, 3), st.randoms(use_true_random=False), st.integers(1, 6))
-def test_much_damage_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, which: int, source: random.Random, count: int
-) -> None:
-    fuzz(tmp_path_factory.getbasetemp(), which, source, count)
+def test_much_damage_is_refused(tmp_path: Path) -> None:
+    source = random.Random(1)
+    for number in range(20_000):
+        fuzz(tmp_path, number % 4, source, source.randint(1, 6))
 
 
 GOOD: list[bytes] = []

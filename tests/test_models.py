@@ -55,7 +55,7 @@ def names(files: ModelFiles) -> tuple[str, ...]:
 
 def test_no_model_is_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "DEMO_FOLDER", tmp_path / "demo")
-    with pytest.raises(ModelFileMissing, match="demo model .* is missing"):
+    with pytest.raises(ModelFileMissing, match=r"demo model .* is missing"):
         resolve(Wanted(), SAMPLE)
     write(tmp_path / "demo" / "flux-demo.safetensors", all_in_one())
     files = resolve(Wanted(), SAMPLE)
@@ -102,14 +102,16 @@ def test_comfyui_is_found_where_it_usually_is(comfyui: Path, tmp_path: Path, whe
     assert Path(resolve_vae(Wanted())).samefile(tmp_path / where / "models/vae/ae.safetensors")
 
 
-@pytest.mark.parametrize("name", ["flux1-dev-fp8", "unet/../unet/flux1-dev-fp8.safetensors", "flux1-dev-fp8.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["flux1-dev-fp8", "unet/../unet/flux1-dev-fp8.safetensors", "flux1-dev-fp8.safetensors"]
+)
 def test_names_in_comfyui(comfyui: Path, name: str) -> None:
     found = models.find_named(name.replace("unet/../unet/", ""), "transformer", comfyui)
     assert found.name == "flux1-dev-fp8.safetensors"
 
 
 def test_a_comfyui_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileMissing, match="no ComfyUI folder"):
+    with pytest.raises(ModelFileMissing, match=r"no ComfyUI folder"):
         resolve_vae(Wanted(comfyui=str(tmp_path)))
 
 
@@ -117,7 +119,7 @@ def test_a_model_that_is_not_there(comfyui: Path) -> None:
     with pytest.raises(ModelFileMissing) as caught:
         resolve(Wanted(model="nope.safetensors"), SAMPLE)
     assert "no such file" in caught.value.line() and "Comfy-Org/flux1-schnell" in caught.value.line()
-    with pytest.raises(ModelFileMissing, match="neither a path nor in .*models/unet"):
+    with pytest.raises(ModelFileMissing, match=r"neither a path nor in .*models/unet"):
         resolve(Wanted(model="nope.safetensors", comfyui=str(comfyui)), SAMPLE)
 
 
@@ -129,26 +131,28 @@ def test_missing_parts_say_where_they_are_had(tmp_path: Path) -> None:
     assert "no T5 text encoder found in" in line and str(file) in line
     assert "t5xxl_fp8_e4m3fn.safetensors (4.9 GB)" in line and "--text-encoder" in line
     write(tmp_path / "t5.safetensors", t5())
-    with pytest.raises(ModelFileMissing, match="no CLIP-L text encoder"):
+    with pytest.raises(ModelFileMissing, match=r"no CLIP-L text encoder"):
         resolve(Wanted(model=str(file)), SAMPLE)
     write(tmp_path / "clip.safetensors", clip())
-    with pytest.raises(ModelFileMissing, match="T5's tokenizer.json not found in") as caught:
+    with pytest.raises(ModelFileMissing, match=r"T5's tokenizer.json not found in") as caught:
         resolve(Wanted(model=str(file)), SAMPLE)
     assert "t5xxl/tokenizer.json, clip_l/vocab.json" in caught.value.line()
-    with pytest.raises(ModelFileMissing, match="no VAE found"):
+    with pytest.raises(ModelFileMissing, match=r"no VAE found"):
         resolve_vae(Wanted(model=str(file)))
 
 
 def test_what_is_named_must_hold_the_part_and_fit(tmp_path: Path) -> None:
     file = write(tmp_path / "one.safetensors", all_in_one())
     small, lone = write(tmp_path / "small.safetensors", t5(512)), write(tmp_path / "vae.safetensors", vae())
-    with pytest.raises(FluxsplitError, match="small.safetensors holds a T5 text encoder of width 512, the model takes 4096"):
+    with pytest.raises(
+        FluxsplitError, match=r"small.safetensors holds a T5 text encoder of width 512, the model takes 4096"
+    ):
         resolve(Wanted(model=str(file), text_encoder=str(small)), SAMPLE)
-    with pytest.raises(ModelFileMissing, match="vae.safetensors holds vae, but no clip"):
+    with pytest.raises(ModelFileMissing, match=r"vae.safetensors holds vae, but no clip"):
         resolve(Wanted(model=str(file), clip=str(lone)), SAMPLE)
-    with pytest.raises(ModelFileMissing, match="no such file"):
+    with pytest.raises(ModelFileMissing, match=r"no such file"):
         resolve(Wanted(model=str(file), clip="gone.safetensors"), SAMPLE)
-    with pytest.raises(FluxsplitError, match="width 4"):
+    with pytest.raises(FluxsplitError, match=r"width 4"):
         resolve_vae(Wanted(vae=str(write(tmp_path / "sd.safetensors", vae(4)))))
 
 
@@ -169,7 +173,7 @@ def test_rivals_are_for_the_person_to_decide(tmp_path: Path) -> None:
     write(tmp_path / "v/one.safetensors", vae())
     write(tmp_path / "v/two.safetensors", vae())
     model = write(tmp_path / "v/flux.safetensors", transformer())
-    with pytest.raises(ModelFileMissing, match="2 files hold a VAE: .*one.safetensors, .*two.safetensors"):
+    with pytest.raises(ModelFileMissing, match=r"2 files hold a VAE: .*one.safetensors, .*two.safetensors"):
         resolve_vae(Wanted(model=str(model)))
     assert resolve_vae(Wanted(model=str(model), vae=str(tmp_path / "v/two.safetensors"))).endswith("two.safetensors")
 
@@ -217,7 +221,7 @@ def test_named_tokenizers_are_not_looked_for_elsewhere(tmp_path: Path, comfyui: 
     folder = tokenizers(tmp_path / "mine")
     assert models.find_tokenizers(str(folder), None, comfyui)[1] == str(folder / "clip_l")
     (folder / "clip_l/merges.txt").unlink()
-    with pytest.raises(ModelFileMissing, match="CLIP's vocab.json and merges.txt not found in"):
+    with pytest.raises(ModelFileMissing, match=r"CLIP's vocab.json and merges.txt not found in"):
         models.find_tokenizers(str(folder), None, comfyui)
 
 

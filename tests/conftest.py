@@ -1,0 +1,26 @@
+"""Every test has a home and a cache of its own; heavy ones compute on one thread."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("FLUXSPLIT_CACHE", str(home / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Sums then have one order on every machine. Tests of the light rooms do not import torch for this."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
