@@ -73,15 +73,8 @@ def print_plan(plan: Plan) -> None:
     for kind, entry in shown["files"].items():
         holds = ", ".join(f"{count:,} {dtype}" for dtype, count in entry["dtypes"].items())
         files.add_row(_TITLES[kind], Text(entry["path"]), bytes_text(entry["bytes"]), holds)
-    images = Table(
-        "seed",
-        "size",
-        "steps",
-        "sampler",
-        "guidance",
-        "prompt",
-        title=f"{len(plan.images)} image{'s' if len(plan.images) > 1 else ''}",
-    )
+    count = "1 image" if len(plan.images) == 1 else f"{len(plan.images)} images"
+    images = Table("seed", "size", "steps", "sampler", "guidance", "prompt", title=count)
     for image in shown["images"]:
         guidance = " ".join(f"{name} {image[name]:g}" for name in ("guidance", "cfg") if image[name] not in (None, 1.0))
         how = f"{image['sampler']} {image['scheduler']}"
