@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 import synthetic_checkpoint
@@ -73,6 +73,8 @@ def random_weights(shapes: Shapes, seed: int = 0) -> Tensors:
         values = torch.randn(shape, generator=generator)
         if len(shape) > 1:
             values *= 1.0 if "shared" in name or "embedding" in name else 1 / math.sqrt(math.prod(shape[1:]))
+            if name.endswith("SelfAttention.q.weight"):
+                values *= math.sqrt(TINY.t5_heads / TINY.t5_inner)  # T5 does not divide by the root of the head's width
         else:
             values = 0.1 * values + (0.0 if name.endswith("bias") else 1.0)
         weights[name] = values
@@ -125,7 +127,11 @@ def _comfy_quant(weights: Tensors, dtype: torch.dtype, as_bytes: bool) -> Tensor
     for layer, scale in scales.items():
         if as_bytes:
             stored[f"{layer}.weight"] = stored[f"{layer}.weight"].view(torch.uint8)
-        stored |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": scale, f"{layer}.comfy_quant": entry}
+        stored |= {
+            f"{layer}.weight_scale": scale,
+            f"{layer}.input_scale": 2 * scale,
+            f"{layer}.comfy_quant": entry.clone(),
+        }
     return stored
 
 
@@ -216,6 +222,23 @@ def conditioning(path: Path, seed: int, tokens: int = 7) -> tuple[torch.Tensor, 
     return t5, pooled
 
 
+class Differences:
+    """The largest of each kind, printed when the module is done (`pytest -rP`, `-s`)."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, float] = {}
+
+    def note(self, what: str, value: float) -> None:
+        self.largest[what] = max(value, self.largest.get(what, 0.0))
+
+
+@pytest.fixture(scope="module")
+def differences() -> Iterator[Differences]:
+    found = Differences()
+    yield found
+    print("".join(f"\nlargest difference, {what}: {value:.2g}" for what, value in found.largest.items()))
+
+
 def far(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference."""
     assert a.shape == b.shape and a.dtype == b.dtype == torch.float32
@@ -234,7 +257,7 @@ class Case:
     index: int = 0
     stored: str = "fp32"
     prefix: str = ""
-    steps: int = 5
+    steps: int = 4
     cfg: float = 1.0
     guidance: float | None = None
     shift: float | None = None
@@ -264,13 +287,12 @@ GRID = [
     for number, (sampler, variant, scheduler) in enumerate(itertools.product(SAMPLERS, ("dev", "schnell"), SCHEDULERS))
 ]
 MORE = [
-    Case("dev", "simple", "euler", (72, 88), 3, "e4m3", steps=20, guidance=1.0, shift=1.15),
-    Case("dev", "beta", "dpmpp_2m", (72, 64), 3, "e5m2", steps=9, guidance=7.25, cfg=1.7),
+    Case("dev", "simple", "euler", (72, 88), 3, "e4m3", steps=11, guidance=1.0, shift=1.15),
+    Case("dev", "beta", "dpmpp_2m", (72, 64), 3, "e5m2", steps=6, guidance=7.25, cfg=1.7),
     Case("dev", "normal", "heun", (64, 72), 3, "scaled e4m3", steps=4, shift=0.5, seed=2**32 - 1),
     Case("schnell", "simple", "dpmpp_2m", (72, 88), 3, "listed quant", PREFIX["transformer"], cfg=4.0),
     Case("schnell", "simple", "euler", stored="scaled in part", sigmas=(0.9, 0.5, 0.30000001, 0.02, 0.0)),
     Case("schnell", "simple", "heun", (88, 72), stored="comfy_quant e5m2", steps=1, shift=1.0),
-    Case("dev", "simple", "dpmpp_2m", sigmas=(1.0, 0.7, 0.4, 0.2)),
 ]
 
 
@@ -289,7 +311,7 @@ def test_the_table_covers_every_value() -> None:
 
 @pytest.mark.parametrize("case", GRID + MORE, ids=str)
 def test_latents_equal_the_reference(
-    case: Case, tmp_path: Path, record_property: Callable[[str, object], None]
+    case: Case, tmp_path: Path, differences: Differences
 ) -> None:
     path = write_weights(
         tmp_path / "flux.safetensors", transformer_weights(case.variant, case.seed), case.stored, case.prefix
@@ -332,31 +354,27 @@ def test_latents_equal_the_reference(
         cfg=case.cfg,
         index=case.index,
     )
-    record_property("largest difference", far(got, wanted))
-    record_property("spread", float(wanted.std()))
+    differences.note("largest difference", far(got, wanted))
     assert wanted.std() > 0.3
     assert far(got, wanted) <= LATENT_TOLERANCE
 
 
 def test_what_the_reference_tells_apart(tmp_path: Path) -> None:
-    """That the tolerance means something: small mistakes move these tiny models' latents far over it."""
+    """That the tolerance means something: a weight off by 1 % or a small change of a setting is far over it."""
     path = write_weights(tmp_path / "flux.safetensors", transformer_weights("dev"), "fp32")
     weights = reference.read_weights(path)
-    texts = [conditioning(tmp_path / "text", 1)]
-    levels = reference.noise_levels("simple", 4, "dev", 0.6)
+    t5, pooled = conditioning(tmp_path / "text", 1)
+    x = reference.noise(1, 3, 5, 0)
 
-    def sample(weights: Tensors, **changes: Any) -> torch.Tensor:
-        settings = {"seed": 1, "size": (72, 88), "levels": levels, "sampler": "euler", "texts": texts, "axes": AXES}
-        return reference.sample(weights, **(settings | {"guidance": 3.5} | changes))
+    def velocity(weights: Tensors, sigma: float = 0.7, guidance: float = 3.5, axes: Any = AXES) -> torch.Tensor:
+        return reference.velocity(weights, x, sigma, t5, pooled, guidance, axes)
 
-    right = sample(weights)
-    for name in weights:
-        moved = far(sample({**weights, name: weights[name] * 1.01}), right)
-        # txt_mlp of the last double block and everything else that reaches the picture
-        assert moved > LATENT_TOLERANCE, name
-    wrong = ({"guidance": 3.504}, {"levels": [*levels[:2], levels[2] + 1e-3, *levels[3:]]}, {"axes": (8, 8, 16)})
-    for change in (*wrong, {"index": 1}, {"sampler": "heun"}):
-        assert far(sample(weights, **change), right) > LATENT_TOLERANCE, change
+    with torch.inference_mode():
+        right = velocity(weights)
+        for name in weights:
+            assert far(velocity({**weights, name: weights[name] * 1.01}), right) > LATENT_TOLERANCE, name
+        for changed in (velocity(weights, 0.7005), velocity(weights, 0.7, 3.504), velocity(weights, axes=(8, 8, 16))):
+            assert far(changed, right) > LATENT_TOLERANCE
 
 
 def test_a_file_of_the_synthetic_script(tmp_path: Path) -> None:
@@ -399,21 +417,30 @@ def stock_transformer(weights: Tensors, variant: str) -> FluxTransformer2DModel:
     return transformer.eval()
 
 
-@pytest.mark.parametrize(("variant", "size", "steps"), [("schnell", (64, 96), 4), ("dev", (96, 64), 20)])
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("variant", "size", "steps", "cfg"),
+    [
+        ("schnell", (64, 96), 4, 1.0),
+        ("schnell", (32, 32), 2, 3.0),
+        ("dev", (96, 64), 20, 1.0),
+        ("dev", (32, 48), 4, 3.0),
+    ],
+)
 def test_latents_equal_the_pipeline_of_diffusers(
     variant: str,
     size: tuple[int, int],
     steps: int,
     cfg: float,
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
+    differences: Differences,
 ) -> None:
     weights = transformer_weights(variant, seed=3)
     path = write_weights(tmp_path / "flux.safetensors", weights, "fp32")
     t5, pooled = conditioning(tmp_path / "wanted", 1, tokens=12)
     bad_t5, bad_pooled = conditioning(tmp_path / "unwanted", 2, tokens=12)
-    image = ImageJob("", str(tmp_path / "wanted"), 11, *size, cfg=cfg, negative_conditioning=str(tmp_path / "unwanted"))
+    image = ImageJob(
+        "", str(tmp_path / "wanted"), 11, *size, steps, cfg=cfg, negative_conditioning=str(tmp_path / "unwanted")
+    )
     (got,) = ours(path, [image], tmp_path)
 
     dynamic = {"use_dynamic_shifting": True, "shift": 3.0} if variant == "dev" else {"shift": 1.0}
@@ -441,7 +468,7 @@ def test_latents_equal_the_pipeline_of_diffusers(
         output_type="latent",
     ).images
     wanted = pipeline._unpack_latents(packed, size[1], size[0], 8) / 0.3611 + 0.1159
-    record_property("largest difference", far(got, wanted))
+    differences.note("largest difference", far(got, wanted))
     assert far(got, wanted) <= LATENT_TOLERANCE
 
 
@@ -449,8 +476,16 @@ def test_latents_equal_the_pipeline_of_diffusers(
 
 
 def _save(path: Path, tensors: Tensors) -> None:
+    """Write a file whose data starts at a multiple of 64 bytes.
+
+    The library pads headers to 8. fp32 matrices are used where they lie in the file, and MKL's product with a single
+    vector adds up in another order where they are not at a multiple of 16: layouts would differ by some 3e-6.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, METADATA)
+    raw = save({name: tensor.contiguous() for name, tensor in tensors.items()}, METADATA)
+    length = int.from_bytes(raw[:8], "little")
+    padding = b" " * (-(8 + length) % 64)
+    path.write_bytes((length + len(padding)).to_bytes(8, "little") + raw[8 : 8 + length] + padding + raw[8 + length :])
 
 
 def _diffusers_names(weights: Tensors) -> Tensors:
@@ -499,7 +534,18 @@ def converted_vae(weights: Tensors) -> Tensors:
     return convert_ldm_vae_checkpoint(dict(weights), vae_config())
 
 
-@pytest.mark.parametrize(("variant", "kind"), [("schnell", "fp32"), ("dev", "e4m3")])
+def assert_same_parameters(path: Path, other: Path) -> None:
+    """Every parameter of the transformer has the same bits, read from either place."""
+    files = WeightFiles()
+    here, there = (checkpoint.part(place, "transformer").sources for place in (path, other))
+    assert set(here) == set(there)
+    for name, source in here.items():
+        stored, wanted = files.stored(source), files.stored(there[name])
+        assert stored.dtype == wanted.dtype and stored.shape == wanted.shape, name
+        assert torch.equal(stored.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(("variant", "kind"), [("schnell", "fp32"), ("dev", "e4m3"), ("schnell", "bf16")])
 def test_every_layout_gives_the_same_bits(variant: str, kind: str, tmp_path: Path) -> None:
     parts = stored_parts(variant, kind)
     vae = converted_vae(parts["vae"])
@@ -523,7 +569,8 @@ def test_every_layout_gives_the_same_bits(variant: str, kind: str, tmp_path: Pat
     layouts += ["folder", "folder/transformer", "shards", "shards/transformer"]
     got = {name: ours(tmp_path / name, [image], tmp_path / "out" / name)[0] for name in layouts}
     for name in layouts:
-        assert torch.equal(got[name], got["bfl.safetensors"]), name
+        assert_same_parameters(tmp_path / name, tmp_path / "bfl.safetensors")
+        assert torch.equal(got[name], got["bfl.safetensors"]), (name, far(got[name], got["bfl.safetensors"]))
 
     _save(tmp_path / "vae.safetensors", parts["vae"])
     _save(tmp_path / "vae-diffusers.safetensors", vae)
@@ -551,14 +598,11 @@ def test_every_layout_of_text_encoders_gives_the_same_bits(tmp_path: Path) -> No
     _save(tmp_path / "folder" / "text_encoder_2" / "model.safetensors", t5)
     _sharded(tmp_path / "shards" / "text_encoder", {n.removeprefix("text_model."): w for n, w in clip.items()}, "model")
     _sharded(tmp_path / "shards" / "text_encoder_2", t5, "model")
-    pairs = [("t5", "clip"), ("aio", "aio"), ("t5-tied", "clip-more"), ("folder", "folder"), ("shards", "shards")]
+    pairs = [("t5.safetensors", "clip.safetensors"), ("aio.safetensors", "aio.safetensors")]
+    pairs += [("t5-tied.safetensors", "clip-more.safetensors"), ("folder", "folder"), ("shards", "shards")]
     results = []
     for t5_name, clip_name in pairs:
-        files = [
-            tmp_path / (f"{name}.safetensors" if name[-1] != "s" and name != "folder" else name)
-            for name in (t5_name, clip_name)
-        ]
-        results += encode(["a (red:1.3) fox"], *files, tmp_path)
+        results += encode(["a (red:1.3) fox"], tmp_path / t5_name, tmp_path / clip_name, tmp_path)
     for t5_states, pooled in results:
         assert torch.equal(t5_states, results[0][0]) and torch.equal(pooled, results[0][1])
 
@@ -616,7 +660,9 @@ def test_samplers_on_a_straight_and_a_curved_path(name: str) -> None:
 
     def error(steps: int) -> float:
         times = tuple(1 - 0.9 * i / steps for i in range(steps + 1))
-        end = SAMPLE[name](lambda x, sigma: x - sigma * 2 * sigma, torch.ones(1, dtype=torch.float64), times, len)
+        end = SAMPLE[name](
+            lambda x, sigma: x - sigma * 2 * sigma, torch.ones(1, dtype=torch.float64), times, lambda i: None
+        )
         return abs(float(end) - 0.01)  # dx/dsigma = 2 sigma: x = sigma^2
 
     order = math.log2(error(64) / error(128)) if error(64) > 1e-12 else 9.0
@@ -674,7 +720,7 @@ def test_conditioning_equals_the_reference(
     text_files: tuple[Path, Path],
     stock_tokenizers: tuple[reference.Ids, reference.Ids],
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
+    differences: Differences,
 ) -> None:
     t5_path, clip_path = text_files
     got = encode(list(PROMPTS.values()), t5_path, clip_path, tmp_path)
@@ -688,7 +734,7 @@ def test_conditioning_equals_the_reference(
             d_t5, d_clip = far(states, wanted), far(pooled, reference.clip_pooled(clip, prompt, byte_pairs, CLIP_HEADS))
             assert d_t5 <= TEXT_TOLERANCE and d_clip <= TEXT_TOLERANCE, (name, d_t5, d_clip)
             worst_t5, worst_clip = max(worst_t5, d_t5), max(worst_clip, d_clip)
-    record_property("largest differences", (worst_t5, worst_clip))
+    differences.note("largest differences", (worst_t5, worst_clip))
     assert got[list(PROMPTS).index("long")][0].shape[1] > 256
 
 
@@ -863,25 +909,18 @@ def test_the_timestep_is_embedded_from_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.15), ("fp16", 0.02)])
 def test_sixteen_bits_stay_near_fp32(
-    dtype: str, tolerance: float, tmp_path: Path, record_property: Callable[[str, object], None]
+    dtype: str, tolerance: float, tmp_path: Path, differences: Differences
 ) -> None:
     """Latents have a spread of about 3; the tolerances are on the largest difference, twice what was seen."""
-    path = write_weights(tmp_path / "flux.safetensors", transformer_weights("dev"), "e4m3")
+    path = write_weights(tmp_path / "flux.safetensors", transformer_weights("schnell"), "e4m3")
     texts = [conditioning(tmp_path / "text", 1)]
     image = ImageJob("", str(tmp_path / "text"), 5, 72, 88, steps=4)
     (got,) = ours(path, [image], tmp_path / "half", dtype)
     (again,) = ours(path, [image], tmp_path / "again", dtype)
-    mu = 0.5 + (72 * 88 / 256 - 256) * 0.65 / 3840
+    levels = (1.0, 0.75, 0.5, 0.25, 0.0)
     wanted = reference.sample(
-        reference.read_weights(path),
-        seed=5,
-        size=(72, 88),
-        levels=reference.noise_levels("simple", 4, "dev", mu),
-        sampler="euler",
-        texts=texts,
-        axes=AXES,
-        guidance=3.5,
+        reference.read_weights(path), seed=5, size=(72, 88), levels=levels, sampler="euler", texts=texts, axes=AXES
     )
-    record_property("largest difference", far(got, wanted))
+    differences.note("largest difference", far(got, wanted))
     assert torch.equal(got, again)
     assert 1e-4 < far(got, wanted) <= tolerance

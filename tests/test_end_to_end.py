@@ -1,0 +1,183 @@
+"""The commands as a user runs them, in processes of their own, with the demo model: pictures, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fluxsplit.latents import read_latent, write_latent
+from fluxsplit.metadata import read_recipe
+from fluxsplit.models import demo_files
+from fluxsplit.png_text import read_png
+
+PROMPT = "a large red circle above a small blue square on a white background"
+
+
+def fluxsplit(*words: str | Path, cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command; stdout, stderr and exit code."""
+    return subprocess.run(
+        [sys.executable, "-m", "fluxsplit", *map(str, words)],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], str]:
+    """A folder, two latents of one prompt in it, and what the command wrote to stderr."""
+    folder = tmp_path_factory.mktemp("run")
+    done = fluxsplit("sample", "-p", PROMPT, "--seed", "7", "-n", "2", "--size", "136x120", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, [Path(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_sample_writes_a_latent_for_each_seed(sampled: tuple[Path, list[Path], str]) -> None:
+    folder, paths, stderr = sampled
+    assert len(paths) == 2 and all(path.parent == folder / "latents" for path in paths)
+    latents = [read_latent(path) for path in paths]
+    recipes = [latent.recipe for latent in latents]
+    assert [recipe.seed for recipe in recipes if recipe] == [7, 8]
+    assert latents[0].shape == (1, 16, 15, 17) and latents[0].payload != latents[1].payload
+    assert recipes[0] is not None and recipes[0].prompt == PROMPT and len(recipes[0].transformer.sha256) == 64
+    assert "demo model" in stderr
+
+
+def test_decode_carries_the_recipe_into_the_picture(sampled: tuple[Path, list[Path], str]) -> None:
+    folder, paths, _ = sampled
+    done = fluxsplit("decode", *paths, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    pictures = [Path(json.loads(line)["path"]) for line in done.stdout.splitlines()]
+    assert [picture.parent for picture in pictures] == [folder / "images"] * 2
+    assert read_recipe(pictures[0]) == read_latent(paths[0]).recipe
+    png = read_png(pictures[0])
+    assert (png.width, png.height) == (136, 120) and png.texts["parameters"].startswith(PROMPT + "\nSteps: 4")
+
+
+def test_the_same_seed_gives_the_same_bytes_alone_and_beside_others(
+    sampled: tuple[Path, list[Path], str], tmp_path: Path
+) -> None:
+    _, paths, _ = sampled
+    kept = tmp_path / "prompt.safetensors"
+    first = fluxsplit(
+        "sample", "-p", PROMPT, "--seed", "8", "--size", "136x120", "--save-conditioning", kept, cwd=tmp_path
+    )
+    assert first.returncode == 0, first.stderr
+    again = fluxsplit(
+        "sample", "--conditioning", kept, "--seed", "8", "--size", "136x120", "--format", "latent", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    alone, from_file = (read_latent(done.stdout.strip()) for done in (first, again))
+    assert alone.payload == from_file.payload == read_latent(paths[1]).payload
+    assert from_file.recipe is not None and from_file.recipe.prompt == PROMPT
+
+
+def test_one_bad_latent_does_not_stop_the_rest(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:
+    _, paths, _ = sampled
+    good = read_latent(paths[0])
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    shutil.copy(paths[0], folder / "a-good.pt")
+    damaged = bytearray(paths[1].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "b-damaged.pt").write_bytes(damaged)
+    write_latent(folder, "c-good", good.payload, good.shape, good.recipe)
+    done = fluxsplit("decode", folder, "--delete-latents", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stdout.splitlines()) == 2 and "b-damaged.pt" in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["b-damaged.pt"], "only what was decoded is deleted"
+
+
+def cut(path: Path, to: Path, keep: float) -> Path:
+    """A copy of a file that ends too early."""
+    raw = path.read_bytes()
+    to.write_bytes(raw[: int(len(raw) * keep)])
+    return to
+
+
+def with_key(path: Path, name: str) -> Path:
+    """A safetensors file that holds one small tensor of that name."""
+    header = json.dumps({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--size", "510x512"], 2, "504x512"),
+        (["--seed", "-1"], 2, "-1"),
+        (["--negative", "blurry"], 2, "cfg"),
+        (["--steps", "0"], 2, "steps"),
+        (["--model", "missing.safetensors"], 3, "missing.safetensors"),
+        (["--model", "cut.safetensors"], 1, "truncated"),
+        (["--model", "chroma.safetensors"], 1, "Chroma"),
+        (["--model", "nf4.safetensors"], 1, "NF4"),
+        (["--device", "cuda:7"], 2, "cuda:7"),
+        (["--sigmas", "0.5,1,0"], 2, "fall"),
+        (["--prompt-file", "nothing.txt"], 2, "nothing.txt"),
+    ],
+)
+def test_bad_sample_arguments_are_one_line(words: list[str], code: int, says: str, tmp_path: Path) -> None:
+    cut(Path(demo_files().transformer), tmp_path / "cut.safetensors", 0.5)
+    with_key(tmp_path / "chroma.safetensors", "distilled_guidance_layer.in_proj.weight")
+    with_key(tmp_path / "nf4.safetensors", "double_blocks.0.img_mod.lin.weight.quant_state.bitsandbytes__nf4")
+    prompt = [] if "--prompt-file" in words else ["-p", "a red circle"]
+    done = fluxsplit("sample", *prompt, *words, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
+    """A real file system of 64 kB, where the machine allows one to be mounted."""
+    small = tmp_path / "small"
+    small.mkdir()
+    command = f"mount -t tmpfs -o size=64k none {small} && exec {sys.executable} -m fluxsplit sample -p x --out {small}"
+    done = (
+        subprocess.run(
+            ["unshare", "--mount", "sh", "-c", f"{command} --size 256x256; code=$?; ls -A {small}; exit $code"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("unshare") and os.geteuid() == 0
+        else None
+    )
+    if done is None or "mount" in done.stderr:
+        pytest.skip("needs the right to mount a file system")
+    assert done.returncode == 1 and "space" in done.stderr.lower(), done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fluxsplit", "sample", "-p", PROMPT, "-n", "500", "--size", "512x512"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().endswith(".pt")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    time.sleep(0.2)
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
+    assert not left.strip()
+    for latent in (tmp_path / "latents").iterdir():
+        assert read_latent(latent).recipe is not None, "whatever has a final name is whole"
