@@ -40,6 +40,10 @@ class ImageRecord:
     vae: WeightsStamp
     versions: dict[str, str] = field(default_factory=dict)
     """Of the process that decoded; the one that sampled is in the recipe."""
+    dtype: str = ""
+    """What the VAE computed in: fp32, bf16 or fp16."""
+    device: str = ""
+    """`cpu`, or the name of the graphics card that decoded."""
 
     def to_json(self) -> str:
         """One line of JSON that `record_from_json` reads back exactly."""
@@ -50,6 +54,8 @@ class ImageRecord:
             "latent_sha256": self.latent_sha256,
             "vae": asdict(self.vae),
             "versions": self.versions,
+            "dtype": self.dtype,
+            "device": self.device,
         }
         return json.dumps(table, ensure_ascii=False, allow_nan=False)
 
@@ -57,7 +63,7 @@ class ImageRecord:
 def record_from_json(text: str) -> ImageRecord:
     """The record in `text`; raises FluxsplitError on anything that `ImageRecord.to_json` could not have written."""
     table = strict_json(text)
-    names = {"fluxsplit", "recipe", "latent_sha256", "vae", "versions"}
+    names = {"fluxsplit", "recipe", "latent_sha256", "vae", "versions", "dtype", "device"}
     if not isinstance(table, dict) or table.get("fluxsplit") != SCHEMA:
         raise FluxsplitError(f"its fluxsplit text is not of schema {SCHEMA}", "use a newer fluxsplit")
     if set(table) != names:
@@ -68,7 +74,8 @@ def record_from_json(text: str) -> ImageRecord:
     if set(vae) != {"name", "sha256"} or not _is_sha256(sha256) or (vae["sha256"] and not _is_sha256(vae["sha256"])):
         raise FluxsplitError("its fluxsplit text has no proper VAE or latent hash")
     recipe = None if table["recipe"] is None else recipe_from_object(table["recipe"])
-    return ImageRecord(recipe, sha256, WeightsStamp(vae["name"], vae["sha256"]), versions)
+    computed = _text_table({name: table[name] for name in ("dtype", "device")})
+    return ImageRecord(recipe, sha256, WeightsStamp(vae["name"], vae["sha256"]), versions, **computed)
 
 
 def _text_table(value: Any) -> dict[str, str]:

@@ -73,6 +73,8 @@ class Recipe:
     """What the transformer computed in: fp32, bf16 or fp16."""
     device: str
     """`cpu`, or the graphics card's name."""
+    stored_dtype: str = ""
+    """What most of the transformer is stored in, as safetensors names it: F8_E4M3, BF16, ..."""
     versions: dict[str, str] = field(default_factory=dict)
     """fluxsplit, torch, diffusers, transformers."""
     created: str = ""
@@ -232,6 +234,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "clip": _as_stamp,
     "dtype": _as_text,
     "device": _as_text,
+    "stored_dtype": _as_text,
     "versions": _as_versions,
     "created": _as_text,
 }

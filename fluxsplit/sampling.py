@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
-"""(x [1, 16, h, w], sigma) → predicted clean latent of the same shape."""
+"""(x [1, 16, h, w], sigma) → predicted clean latent of the same shape, x - sigma * v in x's dtype."""
 OnStep = Callable[[int], None]
 
 
@@ -33,7 +33,10 @@ def heun(denoise: Denoise, x: torch.Tensor, sigmas: tuple[float, ...], on_step: 
         direction = (x - denoise(x, sigma)) / sigma
         ahead = x + direction * (following - sigma)
         if following > 0:
-            direction = (direction + (ahead - denoise(ahead, following)) / following) / 2
+            # In fp64: x - clean is sigma * v, which fp32 loses where sigma is small ("normal" ends at 0.001 or less),
+            # and this direction is followed over a whole step.
+            wide = ahead.double()
+            direction = (direction + ((wide - denoise(wide, following)) / following).to(x.dtype)) / 2
             ahead = x + direction * (following - sigma)
         x = ahead
         on_step(step + 1)

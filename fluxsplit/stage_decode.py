@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fluxsplit import checkpoint, durable, metadata
-from fluxsplit.device import pick_device, pick_vae_dtype
+from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_vae_dtype
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
@@ -52,6 +52,8 @@ def _decode(vae: Vae, latent: LatentFile, job: DecodeJob, stamp: Future[WeightsS
         latent_sha256=latent.payload_sha256,
         vae=stamp.result(),
         versions={name: version(name) for name in ("fluxsplit", "torch", "diffusers")},
+        dtype=DTYPE_NAMES[vae.dtype],
+        device=device_name(vae.device),
     )
     texts = metadata.png_text_chunks(record, latent.foreign)
     png = metadata.encode_png(pixels.numpy().tobytes(), width, height, texts)

@@ -97,15 +97,18 @@ class _ReadAhead:
     def __init__(self, part: Part, files: WeightFiles, events: Events) -> None:
         self._events, self._files = events, files
         spans: dict[tuple[str, ...], list[Any]] = {}
+        sizes: dict[tuple[str, ...], dict[str, int]] = {}
         for name, source in part.sources.items():
             if "transformer_blocks." in name:
                 key = tuple(name.split(".")[:2])
                 info = source.tensor
                 path, start, stop = spans.get(key, [source.path, info.start, info.end])
                 spans[key] = [path, min(start, info.start), max(stop, info.end)]
+                sizes.setdefault(key, {})[info.name] = info.end - info.start
         order = sorted(spans, key=lambda key: (key[0] != "transformer_blocks", int(key[1])))
         self._spans = [spans[key] for key in order]
-        self.total_bytes = sum(stop - start for _, start, stop in self._spans)
+        self._block_bytes = [sum(sizes[key].values()) for key in order]
+        self.total_bytes = sum(self._block_bytes)
         self._done_bytes = 0
         self._ask(0)
 
@@ -113,8 +116,7 @@ class _ReadAhead:
         """Called after each block of the first forward; later ones cost nothing."""
         if done > len(self._spans) or self._done_bytes >= self.total_bytes:
             return
-        _, start, stop = self._spans[done - 1]
-        self._done_bytes += stop - start
+        self._done_bytes += self._block_bytes[done - 1]
         self._ask(done)
         self._events.send("load", what="transformer", done_bytes=self._done_bytes, total_bytes=self.total_bytes)
 
@@ -213,6 +215,7 @@ def _recipe(model: _Model, image: ImageJob) -> Recipe:
         clip=WeightsStamp(""),
         dtype=DTYPE_NAMES[model.flux.dtype],
         device=device_name(model.flux.device),
+        stored_dtype=next(iter(model.contents.parts["transformer"].dtypes)),
         versions={name: version(name) for name in _VERSIONED},
     )
 

@@ -18,7 +18,6 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import regex
 import torch
 import torch.nn.functional as F
@@ -187,26 +186,24 @@ def noise(seed: int, height: int, width: int, index: int) -> Tensor:
 def noise_levels(scheduler: str, steps: int, variant: str, mu: float | None) -> list[float]:
     """ComfyUI's schedulers on its table of 10000 (dev) or 1000 (schnell) levels, ending in 0.
 
-    The shift is computed in fp32, since the last bit of a level is 6e-5 radians in the embedding of the timestep;
-    all else in fp64.
+    Where ComfyUI computes in fp32, so does this, operation by operation: the last bit of a level is 6e-5 radians in
+    the embedding of the timestep.
     """
     count = 10_000 if variant == "dev" else 1000
 
     def level(time: float) -> float:
-        t, alpha = np.float32(time), np.float32(math.exp(mu or 0.0))
-        return float(t if mu is None else alpha / (alpha + (np.float32(1) / t - np.float32(1))))
+        t = torch.tensor(time)
+        alpha = 1.0 if mu is None else math.exp(mu)
+        return float(t if mu is None else torch.reciprocal(t.reciprocal() - 1 + alpha) * alpha)
 
-    lowest = level(1 / count)
     if scheduler == "simple":
-        levels = [level((count - int(i * (count / steps))) / count) for i in range(steps)]
-    elif scheduler == "beta":
+        return [*(level((count - int(i * (count / steps))) / count) for i in range(steps)), 0.0]
+    if scheduler == "beta":
         quantiles = [betaincinv(0.6, 0.6, 1 - i / steps) for i in range(steps)]
         places = dict.fromkeys(round(q * (count - 1)) for q in quantiles)
-        levels = [level((place + 1) / count) for place in places]
-    else:
-        parts = steps if scheduler == "sgm_uniform" else max(steps - 1, 1)
-        levels = [level(1 + (lowest - 1) * i / parts) for i in range(steps)]
-    return [*levels, 0.0]
+        return [*(level((place + 1) / count) for place in places), 0.0]
+    times = torch.linspace(1, level(1 / count), steps + (scheduler == "sgm_uniform"))
+    return [*(level(time) for time in times[:steps].tolist()), 0.0]
 
 
 # Samplers

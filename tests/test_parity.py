@@ -65,6 +65,16 @@ def dimensions(variant: str) -> Dimensions:
     return replace(TINY, dev=variant == "dev")
 
 
+_GAINS = {
+    "SelfAttention.q.weight": math.sqrt(TINY.t5_heads / TINY.t5_inner),  # T5 does not divide by the root of the head
+    "SelfAttention.o.weight": 0.3,
+    "DenseReluDense.wo.weight": 0.3,
+    "_in.out_layer.weight": 0.5,
+    "final_layer.linear.weight": 0.4,
+}
+"""So that states and latents have the size of a trained model's, and rounding grows no more than in one."""
+
+
 def random_weights(shapes: Shapes, seed: int = 0) -> Tensors:
     """Values that make every tensor matter: no two alike, biases and norms well away from 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,8 +83,7 @@ def random_weights(shapes: Shapes, seed: int = 0) -> Tensors:
         values = torch.randn(shape, generator=generator)
         if len(shape) > 1:
             values *= 1.0 if "shared" in name or "embedding" in name else 1 / math.sqrt(math.prod(shape[1:]))
-            if name.endswith("SelfAttention.q.weight"):
-                values *= math.sqrt(TINY.t5_heads / TINY.t5_inner)  # T5 does not divide by the root of the head's width
+            values *= next((gain for end, gain in _GAINS.items() if name.endswith(end)), 1.0)
         else:
             values = 0.1 * values + (0.0 if name.endswith("bias") else 1.0)
         weights[name] = values
@@ -270,7 +279,7 @@ class Case:
 
 
 SCHEDULERS, SAMPLERS = ("simple", "normal", "beta", "sgm_uniform"), ("euler", "heun", "dpmpp_2m")
-SIZES = ((64, 64), (72, 88), (64, 104), (120, 48), (16, 8))
+SIZES = ((64, 64), (72, 88), (64, 104), (120, 48), (16, 24))
 """72x88 pixels are 11x9 latents: both sides odd."""
 GRID = [
     Case(
@@ -300,9 +309,6 @@ def test_the_table_covers_every_value() -> None:
     cases = GRID + MORE
     assert {case.stored for case in cases} == set(STORED)
     assert {case.size for case in cases} >= set(SIZES)
-    assert {(case.variant, case.stored, case.index > 0) for case in cases} >= {
-        (variant, stored, False) for variant in ("dev",) for stored in ("fp32", "bf16")
-    }
     for variant in ("dev", "schnell"):
         mine = [case for case in cases if case.variant == variant]
         assert {(c.scheduler, c.sampler) for c in mine} == set(itertools.product(SCHEDULERS, SAMPLERS))
@@ -310,9 +316,7 @@ def test_the_table_covers_every_value() -> None:
 
 
 @pytest.mark.parametrize("case", GRID + MORE, ids=str)
-def test_latents_equal_the_reference(
-    case: Case, tmp_path: Path, differences: Differences
-) -> None:
+def test_latents_equal_the_reference(case: Case, tmp_path: Path, differences: Differences) -> None:
     path = write_weights(
         tmp_path / "flux.safetensors", transformer_weights(case.variant, case.seed), case.stored, case.prefix
     )
@@ -354,13 +358,13 @@ def test_latents_equal_the_reference(
         cfg=case.cfg,
         index=case.index,
     )
-    differences.note("largest difference", far(got, wanted))
+    differences.note("latents of the reference", far(got, wanted))
     assert wanted.std() > 0.3
     assert far(got, wanted) <= LATENT_TOLERANCE
 
 
 def test_what_the_reference_tells_apart(tmp_path: Path) -> None:
-    """That the tolerance means something: a weight off by 1 % or a small change of a setting is far over it."""
+    """That the tolerance means something: a tensor off by 3 % or a small change of a setting is far over it."""
     path = write_weights(tmp_path / "flux.safetensors", transformer_weights("dev"), "fp32")
     weights = reference.read_weights(path)
     t5, pooled = conditioning(tmp_path / "text", 1)
@@ -372,7 +376,7 @@ def test_what_the_reference_tells_apart(tmp_path: Path) -> None:
     with torch.inference_mode():
         right = velocity(weights)
         for name in weights:
-            assert far(velocity({**weights, name: weights[name] * 1.01}), right) > LATENT_TOLERANCE, name
+            assert far(velocity({**weights, name: weights[name] * 1.03}), right) > LATENT_TOLERANCE, name
         for changed in (velocity(weights, 0.7005), velocity(weights, 0.7, 3.504), velocity(weights, axes=(8, 8, 16))):
             assert far(changed, right) > LATENT_TOLERANCE
 
@@ -468,7 +472,7 @@ def test_latents_equal_the_pipeline_of_diffusers(
         output_type="latent",
     ).images
     wanted = pipeline._unpack_latents(packed, size[1], size[0], 8) / 0.3611 + 0.1159
-    differences.note("largest difference", far(got, wanted))
+    differences.note("latents of diffusers' pipeline", far(got, wanted))
     assert far(got, wanted) <= LATENT_TOLERANCE
 
 
@@ -635,7 +639,7 @@ def test_noise_levels_of_comfyui(
 def test_noise_levels_equal_the_reference(scheduler: str, variant: str, mu: float | None) -> None:
     for steps in (*range(1, 31), 50, 100, 250, 999):
         got = schedule.sigmas(scheduler, steps, variant, mu)
-        assert got == pytest.approx(reference.noise_levels(scheduler, steps, variant, mu), abs=1e-6), steps
+        assert got == tuple(reference.noise_levels(scheduler, steps, variant, mu)), steps
 
 
 def test_shift_by_resolution() -> None:
@@ -715,46 +719,58 @@ def stock_tokenizers() -> tuple[reference.Ids, reference.Ids]:
     return lambda text: t5(text)["input_ids"][:-1], lambda text: clip(text)["input_ids"][1:-1]
 
 
+@pytest.fixture(scope="module")
+def byte_pairs() -> reference.ClipBytePairs:
+    return reference.ClipBytePairs(TOKENIZERS / "clip_l")
+
+
 @needs_tokenizers
 def test_conditioning_equals_the_reference(
     text_files: tuple[Path, Path],
     stock_tokenizers: tuple[reference.Ids, reference.Ids],
     tmp_path: Path,
     differences: Differences,
+    byte_pairs: reference.ClipBytePairs,
 ) -> None:
     t5_path, clip_path = text_files
     got = encode(list(PROMPTS.values()), t5_path, clip_path, tmp_path)
     t5, clip = reference.read_weights(t5_path), reference.read_weights(clip_path)
-    byte_pairs = reference.ClipBytePairs(TOKENIZERS / "clip_l")
-    worst_t5 = worst_clip = 0.0
     with torch.inference_mode():
         for (name, prompt), (states, pooled) in zip(PROMPTS.items(), got, strict=True):
             wanted = reference.t5_states(t5, prompt, stock_tokenizers[0])
             assert states.shape == wanted.shape, name
             d_t5, d_clip = far(states, wanted), far(pooled, reference.clip_pooled(clip, prompt, byte_pairs, CLIP_HEADS))
             assert d_t5 <= TEXT_TOLERANCE and d_clip <= TEXT_TOLERANCE, (name, d_t5, d_clip)
-            worst_t5, worst_clip = max(worst_t5, d_t5), max(worst_clip, d_clip)
-    differences.note("largest differences", (worst_t5, worst_clip))
+            differences.note("T5", d_t5)
+            differences.note("CLIP", d_clip)
     assert got[list(PROMPTS).index("long")][0].shape[1] > 256
+
+
+@pytest.fixture(scope="module")
+def our_tokenizers(text_files: tuple[Path, Path]) -> tuple[reference.Ids, reference.Ids]:
+    """The text encoders' own, ids without start and end."""
+    cpu = torch.device("cpu")
+    t5 = T5(checkpoint.part(text_files[0], "t5"), str(TOKENIZERS / "t5xxl" / "tokenizer.json"), WeightFiles(), cpu)
+    clip = Clip(checkpoint.part(text_files[1], "clip"), str(TOKENIZERS / "clip_l"), WeightFiles(), cpu)
+    return t5._ids, clip._ids
 
 
 @needs_tokenizers
 @pytest.mark.parametrize("name", PROMPTS)
 def test_token_ids_equal_the_reference(
-    name: str, text_files: tuple[Path, Path], stock_tokenizers: tuple[reference.Ids, reference.Ids]
+    name: str,
+    our_tokenizers: tuple[reference.Ids, reference.Ids],
+    stock_tokenizers: tuple[reference.Ids, reference.Ids],
+    byte_pairs: reference.ClipBytePairs,
 ) -> None:
     prompt = PROMPTS[name]
-    assert prompts.weighted_segments(prompt) == [
-        (piece, pytest.approx(weight)) for piece, weight in reference.emphasised(prompt)
-    ]
-    cpu = torch.device("cpu")
-    t5 = T5(checkpoint.part(text_files[0], "t5"), str(TOKENIZERS / "t5xxl" / "tokenizer.json"), WeightFiles(), cpu)
-    clip = Clip(checkpoint.part(text_files[1], "clip"), str(TOKENIZERS / "clip_l"), WeightFiles(), cpu)
-    byte_pairs = reference.ClipBytePairs(TOKENIZERS / "clip_l")
-    for piece, _ in reference.emphasised(prompt):
-        assert t5._ids(piece) == stock_tokenizers[0](piece)
-        assert clip._ids(piece) == stock_tokenizers[1](piece) == byte_pairs(piece)
-    section = prompts.clip_first_section(prompt, clip._ids, 49406, 49407, 77)
+    pieces = reference.emphasised(prompt)
+    assert prompts.weighted_segments(prompt) == [(piece, pytest.approx(weight)) for piece, weight in pieces]
+    t5_ids, clip_ids = our_tokenizers
+    for piece, _ in pieces:
+        assert t5_ids(piece) == stock_tokenizers[0](piece)
+        assert clip_ids(piece) == stock_tokenizers[1](piece) == byte_pairs(piece)
+    section = prompts.clip_first_section(prompt, clip_ids, 49406, 49407, 77)
     assert section == reference.clip_section(prompt, byte_pairs)
 
 
@@ -812,7 +828,9 @@ def test_latent_space_is_fluxs() -> None:
 
 
 @needs_tokenizers
-def test_prompt_to_picture_equals_the_reference(tmp_path: Path) -> None:
+def test_prompt_to_picture_equals_the_reference(
+    tmp_path: Path, stock_tokenizers: tuple[reference.Ids, reference.Ids], byte_pairs: reference.ClipBytePairs
+) -> None:
     """All three stages on one all-in-one file in float8, ComfyUI's layout."""
     parts = stored_parts("dev", "scaled e4m3")
     path = tmp_path / "aio.safetensors"
@@ -824,11 +842,9 @@ def test_prompt_to_picture_equals_the_reference(tmp_path: Path) -> None:
     (got,) = ours(path, [image], tmp_path / "latents", vae=str(path))
     (picture,) = decode(path, list((tmp_path / "latents").iterdir()), tmp_path / "images")
 
-    t5_tokenizer = T5TokenizerFast.from_pretrained(TOKENIZERS / "t5xxl")
-    byte_pairs = reference.ClipBytePairs(TOKENIZERS / "clip_l")
     t5, clip = (reference.read_weights(path, PREFIX[part]) for part in ("t5", "clip"))
     with torch.inference_mode():
-        states = reference.t5_states(t5, prompt, lambda text: t5_tokenizer(text)["input_ids"][:-1])
+        states = reference.t5_states(t5, prompt, stock_tokenizers[0])
         pooled = reference.clip_pooled(clip, prompt, byte_pairs, CLIP_HEADS)
     levels = reference.noise_levels("simple", 4, "dev", 0.5 + (12 - 256) * 0.65 / 3840)
     wanted = reference.sample(
@@ -907,11 +923,9 @@ def test_the_timestep_is_embedded_from_fp32(tmp_path: Path) -> None:
     assert right < 0.03 and wrong > 4 * right
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.15), ("fp16", 0.02)])
-def test_sixteen_bits_stay_near_fp32(
-    dtype: str, tolerance: float, tmp_path: Path, differences: Differences
-) -> None:
-    """Latents have a spread of about 3; the tolerances are on the largest difference, twice what was seen."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.05), ("fp16", 0.006)])
+def test_sixteen_bits_stay_near_fp32(dtype: str, tolerance: float, tmp_path: Path, differences: Differences) -> None:
+    """Latents have a spread of about 3; the tolerances, on the largest difference, are twice what was seen."""
     path = write_weights(tmp_path / "flux.safetensors", transformer_weights("schnell"), "e4m3")
     texts = [conditioning(tmp_path / "text", 1)]
     image = ImageJob("", str(tmp_path / "text"), 5, 72, 88, steps=4)
@@ -921,6 +935,6 @@ def test_sixteen_bits_stay_near_fp32(
     wanted = reference.sample(
         reference.read_weights(path), seed=5, size=(72, 88), levels=levels, sampler="euler", texts=texts, axes=AXES
     )
-    differences.note("largest difference", far(got, wanted))
+    differences.note(f"latents in {dtype}", far(got, wanted))
     assert torch.equal(got, again)
     assert 1e-4 < far(got, wanted) <= tolerance
