@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fluxsplit.errors import FluxsplitError
+
 EMPHASIS = 1.1
 LONG_SEGMENT_TOKENS = 8
+MAX_DEPTH = 100
 _LITERAL = {"\\(": "\ue000", "\\)": "\ue001"}  # private use: stands in while parentheses are parsed
 _UNESCAPED = {"\ue000": "(", "\ue001": ")"}
 
@@ -32,13 +35,15 @@ def weighted_segments(text: str) -> list[tuple[str, float]]:
     """Split a prompt into (text, weight), parentheses resolved and escapes undone."""
     for escape, stand_in in _LITERAL.items():
         text = text.replace(escape, stand_in)
-    segments = _resolve(text, 1.0)
+    segments = _resolve(text, 1.0, MAX_DEPTH)
     for stand_in, literal in _UNESCAPED.items():
         segments = [(part.replace(stand_in, literal), weight) for part, weight in segments]
     return [(part, weight) for part, weight in segments if part]
 
 
-def _resolve(text: str, weight: float) -> list[tuple[str, float]]:
+def _resolve(text: str, weight: float, depth: int) -> list[tuple[str, float]]:
+    if depth == 0:
+        raise FluxsplitError(f"the prompt nests parentheses more than {MAX_DEPTH} deep", "write \\( for a literal one")
     segments: list[tuple[str, float]] = []
     for part in _top_level(text):
         if len(part) < 2 or part[0] != "(" or part[-1] != ")":
@@ -51,7 +56,7 @@ def _resolve(text: str, weight: float) -> list[tuple[str, float]]:
                 inner, inner_weight = before, float(number)
             except ValueError:
                 inner = part[1:-1]
-        segments += _resolve(inner, inner_weight)
+        segments += _resolve(inner, inner_weight, depth - 1)
     return segments
 
 

@@ -55,7 +55,7 @@ RELATION_WORDS: dict[str, tuple[str, ...]] = {
     "right": ("to the right of", "right of", "to the right of"),
 }
 PREFIXES = ("a picture of", "an image of", "a drawing of", "a painting of", "a photo of")
-OTHER_WORDS = "a an the and next beside with on against background , . on of to is there".split()
+OTHER_WORDS = tuple("a an the and next beside with on against background , . on of to is there".split())  # noqa: SIM905
 
 
 def vocabulary() -> list[str]:
@@ -99,7 +99,7 @@ def _things(rng: np.random.Generator, scene: Scene) -> Tagged:
     return first + _tag(joint, 4) + _object(rng, scene.things[1], 2)
 
 
-def caption(rng: np.random.Generator, scene: Scene) -> Tagged:
+def caption(rng: np.random.Generator, scene: Scene) -> Tagged:  # noqa: PLR0911
     """A prompt for the scene, word by word, with the slot of each word."""
     things = _things(rng, scene)
     if rng.random() < 0.08:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -69,9 +70,7 @@ class Sampler:
             module.to(device)
 
     @torch.no_grad()
-    def sample(
-        self, prompts: list[str], rows: int, columns: int, steps: int, shift: float, seed: int
-    ) -> Tensor:
+    def sample(self, prompts: list[str], rows: int, columns: int, steps: int, shift: float, seed: int) -> Tensor:
         """Latents [B, 16, 2 rows, 2 columns] in flow space."""
         generator = torch.Generator().manual_seed(seed)
         count = rows * columns
@@ -81,7 +80,7 @@ class Sampler:
         scale = shift * math.sqrt(count / 64)
         sigmas = shift_sigmas(torch.linspace(1, 0, steps + 1), scale)
         places = image_ids(rows, columns, self.config.rope_short_side_tokens).to(self.device)
-        for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, then in itertools.pairwise(sigmas):
             velocity = self.model(
                 hidden_states=x,
                 encoder_hidden_states=states,
@@ -137,9 +136,7 @@ def check_flow(options: argparse.Namespace, device: str) -> dict[str, dict[str, 
         chunk = max(1, 64 * 128 * 128 // (width * height))
         for first in range(0, len(pairs), chunk):
             prompts = [prompt for prompt, _ in pairs[first : first + chunk]]
-            latents = sampler.sample(
-                prompts, height // 16, width // 16, options.steps, options.shift, first
-            )
+            latents = sampler.sample(prompts, height // 16, width // 16, options.steps, options.shift, first)
             pictures += decode(latents, vae)
         scenes = [scene for _, scene in pairs]
         verdicts = [check(s, p) for s, p in zip(scenes, pictures, strict=True)]

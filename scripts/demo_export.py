@@ -158,9 +158,7 @@ def export(work: Path, demo: Path, dtype: str, shift: float) -> str:
     t5, clip = load_encoders(work, tokenizers)
     exact = dtype == "fp32"
     matrices = torch.float32 if exact else torch.float8_e4m3fn
-    vector, text, image = (
-        (torch.float32,) * 3 if exact else (torch.bfloat16, torch.bfloat16, torch.float16)
-    )
+    vector, text, image = (torch.float32,) * 3 if exact else (torch.bfloat16, torch.bfloat16, torch.float16)
     flow = transformer_tensors(model.state_dict(), config)
     tensors = _cast(flow, "model.diffusion_model.", matrices, vector)
     clip_state = {

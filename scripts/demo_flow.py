@@ -52,8 +52,8 @@ class FlowConfig:
 STAGES: tuple[tuple[float, tuple[float, float, float], float], ...] = (
     (0.12, (1.0, 0.0, 0.0), 0.3),
     (0.40, (0.85, 0.15, 0.0), 0.5),
-    (0.78, (0.88, 0.12, 0.0), 0.5),
-    (1.01, (0.62, 0.31, 0.07), 0.5),
+    (0.70, (0.65, 0.35, 0.0), 0.55),
+    (1.01, (0.52, 0.38, 0.10), 0.55),
 )
 BUCKETS: tuple[tuple[Bucket, ...], ...] = (
     ((8, 8), (8, 8), (8, 8), (11, 8), (8, 11), (10, 8), (8, 10)),
@@ -129,7 +129,7 @@ def draw_sigmas(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearest orthogonal matrices by Newton-Schulz (Muon's quintic).  # [K, M, N]"""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -160,6 +160,8 @@ class Muon:
             directions = []
             for index in group:
                 grad, held = self.matrices[index].grad, self.momenta[index]
+                if grad is None:
+                    raise RuntimeError("a matrix has no gradient; call backward first")
                 held.lerp_(grad, 1 - momentum)
                 directions.append(grad.lerp(held, momentum))
             for index, update in zip(group, orthogonalise(torch.stack(directions)), strict=True):
@@ -168,10 +170,7 @@ class Muon:
             flat = torch.cat([update.flatten() for update in updates])
             dist.all_reduce(flat)
             sizes = [update.numel() for update in updates]
-            updates = [
-                part.view_as(update)
-                for part, update in zip(flat.split(sizes), updates, strict=True)
-            ]
+            updates = [part.view_as(update) for part, update in zip(torch.split(flat, sizes), updates, strict=True)]
         for parameter, update in zip(self.matrices, updates, strict=True):
             scale = 0.2 * math.sqrt(max(parameter.shape))
             parameter.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * scale)
@@ -181,7 +180,8 @@ def split_parameters(
     model: FluxTransformer2DModel,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Block matrices for Muon; embeddings, modulations and vectors for AdamW."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         in_block = "transformer_blocks" in name and parameter.ndim == 2
         plain = in_block and not name.split(".", 2)[2].startswith("norm")
@@ -271,9 +271,7 @@ class FlowTrainer:
                 encoder_hidden_states=states,
                 pooled_projections=pooled,
                 timestep=sigmas,
-                img_ids=image_ids(bucket[1], bucket[0], self.config.rope_short_side_tokens).to(
-                    self.device
-                ),
+                img_ids=image_ids(bucket[1], bucket[0], self.config.rope_short_side_tokens).to(self.device),
                 txt_ids=torch.zeros(states.shape[1], 3, device=self.device),
                 return_dict=False,
             )[0]
@@ -286,7 +284,7 @@ class FlowTrainer:
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat)
             flat /= self.world
-            for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.adamw.param_groups:
@@ -297,9 +295,7 @@ class FlowTrainer:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             current = self.model.state_dict()
-            torch._foreach_lerp_(
-                list(self.average.values()), [current[k] for k in self.average], 1 - decay
-            )
+            torch._foreach_lerp_(list(self.average.values()), [current[k] for k in self.average], 1 - decay)
 
     def run(self, minutes: float, save_every_s: float = 90) -> None:
         """Train until `minutes` of training, over all runs together, are spent."""
@@ -336,9 +332,7 @@ class FlowTrainer:
         return float(shared)
 
 
-def train_flow(
-    work: Path, tokenizer_folder: Path, config: FlowConfig, minutes: float, device: str
-) -> None:
+def train_flow(work: Path, tokenizer_folder: Path, config: FlowConfig, minutes: float, device: str) -> None:
     """Train or go on training; started under torchrun, with as many processes as it was given."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.set_num_threads(1)

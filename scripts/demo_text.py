@@ -17,7 +17,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from captions import Tagged, caption, relation_names, to_text, vocabulary
@@ -169,9 +169,7 @@ def build_encoders(tokenizers: Tokenizers) -> tuple[T5EncoderModel, CLIPTextMode
     return T5EncoderModel(t5), CLIPTextModel(clip)
 
 
-def encode(
-    t5: T5EncoderModel, clip: CLIPTextModel, t5_ids: Tensor, clip_ids: Tensor
-) -> tuple[Tensor, Tensor]:
+def encode(t5: T5EncoderModel, clip: CLIPTextModel, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
     """T5 states [B, T, D] and CLIP's pooled vector [B, D]; no masks, padding attends."""
     states = t5(input_ids=t5_ids, attention_mask=torch.ones_like(t5_ids)).last_hidden_state
     return states, clip(input_ids=clip_ids).pooler_output
@@ -228,10 +226,7 @@ def text_batch(
         labels.append(scene_labels(scene))
         tagged_rows.append(tagged)
     t5_ids = tokenizers.t5_ids(prompts)
-    own = [
-        _token_labels(tagged, row, t5_ids.shape[1])
-        for tagged, row in zip(tagged_rows, labels, strict=True)
-    ]
+    own = [_token_labels(tagged, row, t5_ids.shape[1]) for tagged, row in zip(tagged_rows, labels, strict=True)]
     whole = {name: torch.tensor([row[name] for row in labels]) for name in FIELDS}
     tokens = {name: torch.tensor([row[name] for row in own]) for name in OWN_FIELDS}
     return t5_ids, tokenizers.clip_ids(prompts), whole, tokens

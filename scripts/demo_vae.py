@@ -53,9 +53,7 @@ def crops(rng: np.random.Generator, count: int, size: int) -> Tensor:
         room = max(0.0, 0.5 - 0.5 / zoom)
         x = float(np.clip(target.x + reach * np.cos(angle), -room, room))
         y = float(np.clip(target.y + reach * np.sin(angle), -room, room))
-        closer = [
-            Placed(p.thing, (p.x - x) * zoom, (p.y - y) * zoom, p.radius * zoom) for p in placed
-        ]
+        closer = [Placed(p.thing, (p.x - x) * zoom, (p.y - y) * zoom, p.radius * zoom) for p in placed]
         images.append(torch.from_numpy(draw(closer, scene.background, size, size)))
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 

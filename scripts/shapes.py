@@ -15,12 +15,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]  # float32 or float64
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
@@ -179,9 +180,7 @@ def _clamp(value: float, half_frame: float, radius: float) -> float:
     return min(max(value, -room), room)
 
 
-def _layout_single(
-    scene: Scene, rng: np.random.Generator, width: float, height: float
-) -> list[Placed]:
+def _layout_single(scene: Scene, rng: np.random.Generator, width: float, height: float) -> list[Placed]:
     thing = scene.things[0]
     radius = SINGLE_RADIUS[thing.size] * rng.uniform(0.93, 1.07)
     spread = 0.06 if thing.place else 0.12
@@ -343,7 +342,7 @@ def find_objects(pixels: Pixels) -> tuple[str, list[Found]]:
     border = np.concatenate([border, small[:, :2].reshape(-1, 3), small[:, -2:].reshape(-1, 3)])
     ground = np.median(border, axis=0)
     mask = np.linalg.norm(small - ground, axis=-1) > 55
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         part = np.pad(labels[box] == index, 4)
@@ -388,9 +387,7 @@ def check(scene: Scene, pixels: Pixels) -> Verdict:
     candidates += [None] * max(0, expected - len(candidates))
     best = max(
         permutations(candidates, expected),
-        key=lambda order: sum(
-            sum(score(item, t)) for item, t in zip(order, scene.things, strict=True)
-        ),
+        key=lambda order: sum(sum(score(item, t)) for item, t in zip(order, scene.things, strict=True)),
     )
     scores = [score(item, t) for item, t in zip(best, scene.things, strict=True)]
     relation: bool | None = None

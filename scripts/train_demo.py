@@ -67,9 +67,7 @@ def main() -> None:
     if step in ("flow", "all"):
         from demo_flow import FlowConfig, train_flow
 
-        config = FlowConfig(
-            batch=options.batch, rope_short_side_tokens=options.rope_short_side_tokens
-        )
+        config = FlowConfig(batch=options.batch, rope_short_side_tokens=options.rope_short_side_tokens)
         train_flow(options.work, tokenizers, config, options.minutes, device)
     if step in ("check", "all"):
         from demo_check import check_flow
