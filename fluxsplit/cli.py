@@ -300,9 +300,9 @@ def _run(command: str, given: dict[str, Any]) -> int:
     quiet = bool(given.get("quiet", settings.get("quiet", False)))
     with Progress(json_lines=bool(given.get("json")), quiet=quiet) as progress:
         if command == "decode":
-            from fluxsplit.cli_decode import plan_decode, run_decode  # noqa: PLC0415
+            from fluxsplit.cli_decode import decode  # noqa: PLC0415
 
-            return run_decode(plan_decode(given, settings), progress)
+            return decode(given, settings, progress)
         from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
 
         plan = plan_sample(given, settings)

@@ -10,7 +10,7 @@ from typing import Any
 from fluxsplit.arguments import check_choice, check_device, read_stdin
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.errors import FluxsplitError, UsageError
-from fluxsplit.executor import run_stage
+from fluxsplit.executor import StageProcess, run_stage
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.jobs import DecodeJob, absolute
 from fluxsplit.latents import SUFFIXES, LatentFile, read_latents
@@ -34,6 +34,18 @@ class DecodePlan:
     jobs: tuple[DecodeJob, ...]
     """One for each VAE."""
     refused: tuple[Refused, ...]
+
+
+def decode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
+    """Plan and decode; returns the exit code.
+
+    Where the names come through a pipe, the stage's process starts at once, so that its imports overlap whatever
+    the other end of the pipe is still doing; it touches no device before it has its job.
+    """
+    if "-" not in given.get("latents", []):
+        return run_decode(plan_decode(given, defaults), progress)
+    with StageProcess("decode") as ahead:
+        return run_decode(plan_decode(given, defaults), progress, ahead)
 
 
 def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
@@ -61,14 +73,19 @@ def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
     return DecodePlan(jobs, tuple(refused))
 
 
-def run_decode(plan: DecodePlan, progress: Progress) -> int:
-    """Decode; returns the exit code, 1 where some latents failed and that of the reason where none could start."""
+def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None = None) -> int:
+    """Decode; returns the exit code, 1 where some latents failed and that of the reason where none could start.
+
+    The first job goes to the process that was started `ahead`, if one was.
+    """
     if not plan.jobs and len({refused.error.line() for refused in plan.refused}) == 1:
         raise plan.refused[0].error
     for refused in plan.refused:
         progress.failed(refused.path, refused.error.message, refused.error.hint)
-    for job in plan.jobs:
-        for event in run_stage("decode", job):
+    for number, job in enumerate(plan.jobs):
+        if ahead is not None and number == 0:
+            ahead.submit(job)
+        for event in ahead.events() if ahead is not None and number == 0 else run_stage("decode", job):
             progress.show(event)
     return 1 if progress.failures else 0
 

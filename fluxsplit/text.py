@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 from fluxsplit import prompts
 from fluxsplit.checkpoint import Part
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.lean_import import without
 from fluxsplit.weights import WeightFiles, fill
+
+with without("accelerate", "scipy", "torchvision", "peft", "PIL"):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 T5_MIN_TOKENS = 256
 """ComfyUI pads to 256 for dev and schnell alike (`comfy/text_encoders/flux.py`)."""

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 from fluxsplit.checkpoint import Part, variant_of
 from fluxsplit.conditioning import Conditioning
+from fluxsplit.diffusers_models import FluxTransformer2DModel
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.weights import WeightFiles, fill
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
 from fluxsplit.checkpoint import Part
+from fluxsplit.diffusers_models import AutoencoderKL
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.weights import StoredLinear, WeightFiles, fill
 

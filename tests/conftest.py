@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+# before any room of ours, which would have diffusers believe that transformers is missing; one test compares pipelines
+import diffusers.utils.import_utils  # noqa: F401
 import pytest
 
 ROOT = Path(__file__).parents[1]
