@@ -18,7 +18,9 @@ def page() -> str:
         words = [sys.executable, "-m", "fluxsplit", *command.split(), "--help"]
         environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
         text = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout
-        lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+        lines = "\n".join(
+            line.rstrip() for line in text.replace("python -m fluxsplit", "fluxsplit").strip().splitlines()
+        )
         parts.append(f"## fluxsplit {command}".rstrip() + f"\n\n```\n{lines}\n```\n")
     return "\n".join(parts)
 
