@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 from help_page import PAGE, page
@@ -27,11 +26,3 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", readme):
         assert (ROOT / target).exists(), target
-
-
-def test_no_page_names_a_place_of_the_makers() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    texts = [ROOT / name for name in tracked if name.endswith((".py", ".md", ".toml"))]
-    for text in texts:
-        if text.exists() and text != Path(__file__):
-            assert "/root/" not in text.read_text() and "/work/" not in text.read_text(), text
