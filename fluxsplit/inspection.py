@@ -131,9 +131,14 @@ def _picture(path: Path, size_bytes: int) -> Report:
         ("decoded by", _table(record.versions)),
         *_foreign_facts({name: text for name, text in png.texts.items() if name in ("prompt", "workflow")}),
     ]
+    facts += [
+        ("upscaled", f"{stamp.scale}x by {stamp.name} (sha256 {stamp.sha256}) to {stamp.width}x{stamp.height} pixels")
+        for stamp in record.upscaler
+    ]
     if record.recipe is None:
         facts.append(("recipe", "none; the latent was another program's"))
     details |= {"latent_sha256": record.latent_sha256, "vae": asdict(record.vae), "versions": record.versions}
+    details |= {"upscaler": [asdict(stamp) for stamp in record.upscaler]}
     return Report(str(path), "picture", size_bytes, tuple(facts), record.recipe, details)
 
 

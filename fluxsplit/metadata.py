@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,24 @@ PNG_COMPRESS_LEVEL = 4
 """Within 2 % of zlib's default 6 on pictures, at about half the time."""
 SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
 SCHEDULE_NAMES = {"simple": "Simple", "normal": "Normal", "beta": "Beta", "sgm_uniform": "SGM Uniform"}
+POSTPROCESSING_KEY = "postprocessing"
+MAX_UPSCALERS = 8
 _HEX = set("0123456789abcdef")
+_RECORD_FIELDS = {"fluxsplit", "recipe", "latent_sha256", "vae", "versions", "dtype", "device"}
+_LATER_FIELDS = {"upscaler"}
+"""Left out where they say nothing, so that files without them are read by older versions too."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpscalerStamp:
+    """One enlargement of the decoded picture: by which weights, by how much, and the size that came out."""
+
+    name: str
+    sha256: str
+    scale: int
+    """Of the model itself; the size may have been changed after it (`--upscale-to`)."""
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +62,13 @@ class ImageRecord:
     """What the VAE computed in: fp32, bf16 or fp16."""
     device: str = ""
     """`cpu`, or the name of the graphics card that decoded."""
+    upscaler: tuple[UpscalerStamp, ...] = ()
+    """In the order in which they were applied; empty in a picture as it was decoded."""
 
     def to_json(self) -> str:
         """One line of JSON that `record_from_json` reads back exactly."""
         recipe = None if self.recipe is None else json.loads(self.recipe.to_json())
-        table = {
+        table: dict[str, Any] = {
             "fluxsplit": SCHEMA,
             "recipe": recipe,
             "latent_sha256": self.latent_sha256,
@@ -57,17 +77,18 @@ class ImageRecord:
             "dtype": self.dtype,
             "device": self.device,
         }
+        if self.upscaler:
+            table["upscaler"] = [asdict(stamp) for stamp in self.upscaler]
         return json.dumps(table, ensure_ascii=False, allow_nan=False)
 
 
 def record_from_json(text: str) -> ImageRecord:
     """The record in `text`; raises FluxsplitError on anything that `ImageRecord.to_json` could not have written."""
     table = strict_json(text)
-    names = {"fluxsplit", "recipe", "latent_sha256", "vae", "versions", "dtype", "device"}
     if not isinstance(table, dict) or table.get("fluxsplit") != SCHEMA:
         raise FluxsplitError(f"its fluxsplit text is not of schema {SCHEMA}", "use a newer fluxsplit")
-    if set(table) != names:
-        odd = ", ".join(repr(name[:40]) for name in sorted(set(table) ^ names)[:5])
+    if set(table) - _LATER_FIELDS != _RECORD_FIELDS:
+        odd = ", ".join(repr(name[:40]) for name in sorted((set(table) - _LATER_FIELDS) ^ _RECORD_FIELDS)[:5])
         raise FluxsplitError(f"its fluxsplit text has unknown or missing fields: {odd}")
     vae, versions = _text_table(table["vae"]), _text_table(table["versions"])
     sha256 = table["latent_sha256"]
@@ -75,7 +96,43 @@ def record_from_json(text: str) -> ImageRecord:
         raise FluxsplitError("its fluxsplit text has no proper VAE or latent hash")
     recipe = None if table["recipe"] is None else recipe_from_object(table["recipe"])
     computed = _text_table({name: table[name] for name in ("dtype", "device")})
-    return ImageRecord(recipe, sha256, WeightsStamp(vae["name"], vae["sha256"]), versions, **computed)
+    upscaler = _upscalers(table.get("upscaler", []))
+    stamp = WeightsStamp(vae["name"], vae["sha256"])
+    return ImageRecord(recipe, sha256, stamp, versions, **computed, upscaler=upscaler)
+
+
+def _upscalers(value: Any) -> tuple[UpscalerStamp, ...]:
+    if not isinstance(value, list) or len(value) > MAX_UPSCALERS:
+        raise FluxsplitError(f"its fluxsplit text has no proper list of at most {MAX_UPSCALERS} upscalers")
+    for stamp in value:
+        if (
+            not isinstance(stamp, dict)
+            or set(stamp) != {"name", "sha256", "scale", "width", "height"}
+            or not isinstance(stamp["name"], str)
+            or not _is_sha256(stamp["sha256"])
+            or not all(type(stamp[key]) is int and 1 <= stamp[key] < 1 << 20 for key in ("scale", "width", "height"))
+        ):
+            raise FluxsplitError("its fluxsplit text has an upscaler without name, SHA-256, scale and size")
+    return tuple(UpscalerStamp(**stamp) for stamp in value)
+
+
+def upscaled_texts(texts: Mapping[str, str], stamp: UpscalerStamp, factor: str) -> dict[str, str]:
+    """The texts of an enlarged picture: those it had, verbatim, with the upscaler added.
+
+    A record of ours gets `stamp`; every picture gets `postprocessing`, where A1111's Extras say it
+    (`modules/postprocessing.py`). `factor` is what was asked for: a number or `WIDTHxHEIGHT`. `parameters`
+    stays as it is: its `Size` is that of the first pass, as in A1111.
+    """
+    kept = dict(texts)
+    with suppress(FluxsplitError):  # another version's record is carried over as it is
+        record = record_from_json(kept.get(RECORD_KEY, "{}"))
+        kept[RECORD_KEY] = replace(record, upscaler=(*record.upscaler, stamp)[-MAX_UPSCALERS:]).to_json()
+    kind = "Postprocess upscale to" if "x" in factor else "Postprocess upscale by"
+    said = {kind: factor, "Postprocess upscaler": stamp.name, "Postprocess upscaler SHA-256": stamp.sha256}
+    text = ", ".join(f"{name}: {_quoted(value)}" for name, value in said.items())
+    before = kept.get(POSTPROCESSING_KEY)
+    kept[POSTPROCESSING_KEY] = f"{before}, {text}" if before else text
+    return kept
 
 
 def _text_table(value: Any) -> dict[str, str]:

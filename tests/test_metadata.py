@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from samples import make_recipe
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.metadata import (
     ImageRecord,
+    UpscalerStamp,
     encode_png,
     parameters_text,
     png_text_chunks,
@@ -31,6 +33,7 @@ from fluxsplit.metadata import (
     read_recipe,
     read_record,
     record_from_json,
+    upscaled_texts,
 )
 from fluxsplit.png_text import MAX_TEXT_BYTES, SIGNATURE, read_png
 from fluxsplit.recipe import SAMPLERS, SCHEDULERS, Recipe, WeightsStamp
@@ -65,6 +68,53 @@ def test_the_text_that_civitai_reads() -> None:
         "Size: 1152x944, Model hash: bbdfba27fe, Model: flux1-schnell-fp8-e4m3fn, RNG: CPU, "
         'Hashes: {"model": "bbdfba27fe"}, Version: fluxsplit 0.1.0'
     )
+
+
+STAMP = UpscalerStamp("RealESRGAN_x2plus.pth", "d" * 64, 2, 64, 32)
+
+
+def test_an_upscaler_is_added_and_everything_else_is_kept() -> None:
+    texts = png_text_chunks(RECORD, {"workflow": "{}"})
+    after = upscaled_texts(texts, STAMP, "2")
+    assert record_from_json(after["fluxsplit"]) == replace(RECORD, upscaler=(STAMP,))
+    assert {name: after[name] for name in ("parameters", "workflow")} == {
+        name: texts[name] for name in ("parameters", "workflow")
+    }
+    assert after["postprocessing"] == (
+        "Postprocess upscale by: 2, Postprocess upscaler: RealESRGAN_x2plus.pth, "
+        f"Postprocess upscaler SHA-256: {'d' * 64}"
+    )
+    twice = upscaled_texts(after, replace(STAMP, width=100), "100x50")
+    assert [stamp.width for stamp in record_from_json(twice["fluxsplit"]).upscaler] == [64, 100]
+    assert twice["postprocessing"].startswith(after["postprocessing"] + ", Postprocess upscale to: 100x50, ")
+
+
+def test_a_record_without_upscaler_is_written_as_before_upscaling_was_known() -> None:
+    assert "upscaler" not in json.loads(RECORD.to_json())
+
+
+def test_a_strangers_texts_are_carried_over_verbatim() -> None:
+    texts = {"fluxsplit": '{"fluxsplit": 99}', "parameters": "a fox\nSteps: 4", "Author": "someone"}
+    after = upscaled_texts(texts, STAMP, "2")
+    assert {name: after[name] for name in texts} == texts and "postprocessing" in after
+
+
+@pytest.mark.parametrize(
+    "upscaler",
+    [
+        {},
+        ["x"],
+        [{}],
+        [{"name": "a", "sha256": "d" * 63, "scale": 2, "width": 1, "height": 1}],
+        [{"name": "a", "sha256": "d" * 64, "scale": True, "width": 1, "height": 1}],
+        [{"name": "a", "sha256": "d" * 64, "scale": 2, "width": 0, "height": 1}],
+        [{"name": 7, "sha256": "d" * 64, "scale": 2, "width": 1, "height": 1}],
+        [{"name": "a", "sha256": "d" * 64, "scale": 2, "width": 1, "height": 1}] * 9,
+    ],
+)
+def test_an_improper_upscaler_is_refused(upscaler: Any) -> None:
+    with pytest.raises(FluxsplitError, match="upscaler"):
+        record_from_json(json.dumps({**json.loads(RECORD.to_json()), "upscaler": upscaler}))
 
 
 def test_forge_reads_every_field() -> None:
