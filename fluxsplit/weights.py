@@ -146,11 +146,14 @@ class StoredEmbedding(nn.Module):
 
 
 def _expand(stored: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:
-    expanded = fp8.expand(stored, dtype) if stored.dtype in fp8.FLOAT8 else stored.to(dtype)
-    if scale is not None and scale != 1.0:
-        # out of place where the cast was none: the map is read-only
-        expanded = expanded.mul_(scale) if stored.dtype != dtype else expanded * scale
-    return expanded
+    factor = 1.0 if scale is None else scale
+    if stored.dtype in fp8.FLOAT8:
+        return fp8.expand(stored, dtype, factor)
+    expanded = stored.to(dtype)
+    if factor == 1.0:
+        return expanded
+    # out of place where the cast was none: the map is read-only
+    return expanded.mul_(factor) if stored.dtype != dtype else expanded * factor
 
 
 def fill(module: nn.Module, part: Part, files: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:

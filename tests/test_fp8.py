@@ -1,0 +1,134 @@
+"""float8 expansion: every code against torch's own cast, scales, pieces, tables, and codes that are not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluxsplit import fp8
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+E4M3, E5M2 = fp8.FLOAT8
+CPU = torch.device("cpu")
+
+
+def all_codes(float8: torch.dtype) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(float8)
+
+
+def finite_codes(float8: torch.dtype) -> torch.Tensor:
+    codes = all_codes(float8)
+    return codes.view(torch.uint8)[codes.float().isfinite()].view(float8)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, and zeros of the same sign."""
+    return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("float8", fp8.FLOAT8, ids=str)
+@pytest.mark.parametrize("method", [fp8._by_integers, fp8._by_table, fp8._by_cast], ids=lambda m: m.__name__)
+def test_every_finite_code_is_what_torch_casts_it_to(
+    method: fp8._Method, float8: torch.dtype, dtype: torch.dtype
+) -> None:
+    codes = finite_codes(float8)
+    assert len(codes) == {E4M3: 254, E5M2: 248}[float8]
+    out = torch.empty(len(codes), dtype=dtype)
+    method(codes, out, 1.0)
+    assert same_bits(out, codes.to(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("float8", fp8.FLOAT8, ids=str)
+@pytest.mark.parametrize("scale", [0.0123, 1.0, 3.5, -2.0, 7e-5])
+def test_a_scale_is_rounded_once_as_torch_rounds_it(float8: torch.dtype, dtype: torch.dtype, scale: float) -> None:
+    codes = finite_codes(float8)
+    wanted = codes.to(torch.float32).to(dtype).mul_(scale)
+    for method in (fp8._by_integers, fp8._by_table, fp8._by_cast):
+        out = torch.empty(len(codes), dtype=dtype)
+        method(codes, out, scale)
+        assert same_bits(out, wanted), method
+
+
+def test_pieces_and_their_rest_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "CHUNK_ELEMENTS", 100)
+    codes = finite_codes(E4M3).view(torch.uint8).repeat(3)[:701].view(E4M3)
+    for dtype in DTYPES:
+        for method in (fp8._by_integers, fp8._by_table):
+            out = torch.full((900,), -1.0, dtype=dtype)
+            method(codes, out[100:801], 1.0)
+            assert torch.equal(out[100:801].float(), codes.float())
+            assert (out[:100] == -1).all() and (out[801:] == -1).all()
+
+
+def test_one_buffer_serves_matrices_of_any_shape_in_and_out_of_inference_mode() -> None:
+    buffer = torch.empty(1000, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        fp8.expand(finite_codes(E4M3), torch.bfloat16)  # makes the thread's scratch
+    for rows, columns in ((3, 80), (10, 100), (1, 7)):
+        codes = finite_codes(E4M3).view(torch.uint8).repeat(4)[: rows * columns].view(E4M3).view(rows, columns)
+        out = buffer[: rows * columns].view(rows, columns)
+        fp8.expand_into(codes, out)
+        assert torch.equal(out.float(), codes.float())
+
+
+@pytest.mark.parametrize("float8", fp8.FLOAT8, ids=str)
+def test_codes_that_are_not_finite_are_found_wherever_they_stand(
+    float8: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "CHUNK_ELEMENTS", 128)
+    finite = finite_codes(float8).view(torch.uint8).repeat(2)
+    assert not fp8.has_nonfinite(finite.view(float8))
+    assert not fp8.has_nonfinite(finite[:0].view(float8))
+    codes = all_codes(float8)
+    bad = codes.view(torch.uint8)[~codes.float().isfinite()]
+    assert len(bad) == {E4M3: 2, E5M2: 8}[float8]
+    for code in bad:
+        for at in (0, 127, 128, len(finite) - 1):
+            damaged = finite.clone()
+            damaged[at] = code
+            assert fp8.has_nonfinite(damaged.view(float8)), (int(code), at)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_integers_are_trusted_on_this_cpu(dtype: torch.dtype) -> None:
+    assert fp8.self_test(CPU, dtype)
+    assert fp8._method(CPU, E4M3, dtype) is fp8._by_integers
+
+
+def test_a_method_that_errs_on_one_code_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def errs(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+        fp8._by_table(codes, out, scale)
+        out[codes.view(torch.uint8) == 1] = 0  # as where denormals are flushed
+
+    def lacks_float8(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+        raise RuntimeError("not implemented for Float8_e4m3fn")
+
+    for broken in (errs, lacks_float8):
+        assert not fp8.is_exact(broken, CPU, E4M3, torch.bfloat16)
+        monkeypatch.setattr(fp8, "_by_integers", broken)
+        assert fp8._method.__wrapped__(CPU, E4M3, torch.bfloat16) is fp8._by_table
+        monkeypatch.undo()
+
+
+def test_integers_do_not_depend_on_denormals() -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush denormals")
+    try:
+        for dtype in DTYPES:
+            for float8 in fp8.FLOAT8:
+                assert fp8.is_exact(fp8._by_integers, CPU, float8, dtype)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_finite_code_is_exact_on_the_card(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", 0)
+    assert fp8.self_test(device, dtype)
+    for float8 in fp8.FLOAT8:
+        codes = finite_codes(float8)
+        assert same_bits(fp8.expand(codes.to(device), dtype).cpu(), codes.to(torch.float32).to(dtype))
+        assert fp8.is_exact(fp8._by_table, device, float8, dtype)
