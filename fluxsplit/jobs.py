@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from fluxsplit.start import NoiseGrid, Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,14 @@ class ImageJob:
     shift: float | None = None
     """mu; None for the model's own rule (`auto`)."""
     noise_index: int = 0
+    recorded_sigmas: tuple[float, ...] = ()
+    """Noise levels as a recipe recorded them for its scheduler, steps and shift; they hold to the last bit."""
+    start: Start | None = None
+    """What is kept of another picture."""
+    start_latent: str = ""
+    """Latent file of that picture."""
+    stem: str = ""
+    """Name of the latent file without suffix; empty for time, seed and prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,8 @@ class DecodeJob:
     dtype: str = "auto"
     overwrite: bool = False
     delete_latents: bool = False
+    parents: tuple[tuple[str, str], ...] = ()
+    """For each latent the file name and the latent's SHA-256 of the picture it was made from; empty where none was."""
 
 
 Job = TextJob | SampleJob | DecodeJob
@@ -108,11 +121,21 @@ def job_from_json(stage: str, text: str) -> Job:
     table = json.loads(text)
     if stage == "sample":
         table["files"] = ModelFiles(**table["files"])
-        table["images"] = tuple(ImageJob(**{**image, "sigmas": tuple(image["sigmas"])}) for image in table["images"])
+        table["images"] = tuple(_image(image) for image in table["images"])
     for name in ("prompts", "outputs", "latents"):
         if name in table:
             table[name] = tuple(table[name])
+    if table.get("parents"):
+        table["parents"] = tuple((name, sha256) for name, sha256 in table["parents"])
     return STAGES[stage](**table)
+
+
+def _image(table: dict[str, Any]) -> ImageJob:
+    start = table["start"]
+    if start is not None:
+        start = Start(**{**start, "noise": tuple(NoiseGrid(**grid) for grid in start["noise"])})
+    levels = {name: tuple(table[name]) for name in ("sigmas", "recorded_sigmas")}
+    return ImageJob(**{**table, **levels, "start": start})
 
 
 def absolute(path: str | Path) -> str:

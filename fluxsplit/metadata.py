@@ -19,7 +19,7 @@ from typing import Any
 from fluxsplit import __version__
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.png_text import read_png
-from fluxsplit.recipe import SCHEMA, Recipe, WeightsStamp, recipe_from_object, strict_json
+from fluxsplit.recipe import MAX_NAME_CHARS, SCHEMA, Recipe, WeightsStamp, recipe_from_object, strict_json
 
 PARAMETERS_KEY = "parameters"
 RECORD_KEY = "fluxsplit"
@@ -31,7 +31,7 @@ POSTPROCESSING_KEY = "postprocessing"
 MAX_UPSCALERS = 8
 _HEX = set("0123456789abcdef")
 _RECORD_FIELDS = {"fluxsplit", "recipe", "latent_sha256", "vae", "versions", "dtype", "device"}
-_LATER_FIELDS = {"upscaler"}
+_LATER_FIELDS = {"upscaler", "parent"}
 """Left out where they say nothing, so that files without them are read by older versions too."""
 
 
@@ -45,6 +45,16 @@ class UpscalerStamp:
     """Of the model itself; the size may have been changed after it (`--upscale-to`)."""
     width: int
     height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The picture that a rerender was made from."""
+
+    name: str
+    """File name without folder, as it was then."""
+    latent_sha256: str = ""
+    """Of its latent, where that is known: the same text stands in that picture's own record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ class ImageRecord:
     """`cpu`, or the name of the graphics card that decoded."""
     upscaler: tuple[UpscalerStamp, ...] = ()
     """In the order in which they were applied; empty in a picture as it was decoded."""
+    parent: Parent | None = None
+    """None where the picture is no rerender."""
 
     def to_json(self) -> str:
         """One line of JSON that `record_from_json` reads back exactly."""
@@ -79,6 +91,8 @@ class ImageRecord:
         }
         if self.upscaler:
             table["upscaler"] = [asdict(stamp) for stamp in self.upscaler]
+        if self.parent is not None:
+            table["parent"] = asdict(self.parent)
         return json.dumps(table, ensure_ascii=False, allow_nan=False)
 
 
@@ -98,7 +112,19 @@ def record_from_json(text: str) -> ImageRecord:
     computed = _text_table({name: table[name] for name in ("dtype", "device")})
     upscaler = _upscalers(table.get("upscaler", []))
     stamp = WeightsStamp(vae["name"], vae["sha256"])
-    return ImageRecord(recipe, sha256, stamp, versions, **computed, upscaler=upscaler)
+    parent = _parent(table["parent"]) if "parent" in table else None
+    return ImageRecord(recipe, sha256, stamp, versions, **computed, upscaler=upscaler, parent=parent)
+
+
+def _parent(value: Any) -> Parent:
+    table = _text_table(value)
+    if (
+        set(table) != {"name", "latent_sha256"}
+        or not 0 < len(table["name"]) <= MAX_NAME_CHARS
+        or (table["latent_sha256"] and not _is_sha256(table["latent_sha256"]))
+    ):
+        raise FluxsplitError("its fluxsplit text has a parent without proper name and latent hash")
+    return Parent(**table)
 
 
 def _upscalers(value: Any) -> tuple[UpscalerStamp, ...]:
@@ -191,6 +217,7 @@ def parameters_text(recipe: Recipe) -> str:
         "Distilled CFG Scale": None if recipe.guidance is None else _number(recipe.guidance),
         "Seed": recipe.seed,
         "Noise index": recipe.noise_index or None,
+        "Denoising strength": None if recipe.start is None else _number(recipe.start.strength),
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": sha256[:10] or None,
         "Model": recipe.transformer.name.removesuffix(".safetensors") or None,

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.start import Start, start_from_object
 
 SCHEMA = 1
 MAX_SIDE_PX = 16384
@@ -79,6 +80,8 @@ class Recipe:
     """fluxsplit, torch, diffusers, transformers."""
     created: str = ""
     """UTC, ISO 8601."""
+    start: Start | None = None
+    """What was kept of another picture; None where the noise of the seed is all there was."""
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -99,7 +102,10 @@ class Recipe:
 
     def to_object(self) -> dict[str, Any]:
         """The JSON object that `recipe_from_object` reads, with the schema's number."""
-        return {"fluxsplit": SCHEMA, **asdict(self)}
+        table = {"fluxsplit": SCHEMA, **asdict(self)}
+        if self.start is None:
+            del table["start"]  # so that plain recipes are read by older versions too
+        return table
 
     def to_json(self) -> str:
         """One line of JSON; floats are written so that they read back exactly."""
@@ -237,7 +243,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "stored_dtype": _as_text,
     "versions": _as_versions,
     "created": _as_text,
+    "start": start_from_object,
 }
+_OPTIONAL = {"start"}
 
 
 def recipe_from_object(value: Any) -> Recipe:
@@ -246,13 +254,13 @@ def recipe_from_object(value: Any) -> Recipe:
         found = value.get("fluxsplit") if isinstance(value, dict) else type(value).__name__
         raise FluxsplitError(f"recipe has schema {str(found)[:40]!r}, this version reads {SCHEMA}")
     names = set(value) - {"fluxsplit"}
-    if names != set(_READERS):
-        odd = sorted(names ^ set(_READERS))[:5]
+    if names | _OPTIONAL != set(_READERS):
+        odd = sorted((names | _OPTIONAL) ^ set(_READERS))[:5]
         raise FluxsplitError(f"recipe has unknown or missing fields: {', '.join(name[:40] for name in odd)}")
     read: dict[str, Any] = {}
-    for name, reader in _READERS.items():
+    for name in names:
         try:
-            read[name] = reader(value[name])
+            read[name] = _READERS[name](value[name])
         except (ValueError, OverflowError):
             raise FluxsplitError(f"recipe field {name} holds {str(value[name])[:80]!r}") from None
     return Recipe(**read)

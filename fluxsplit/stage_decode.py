@@ -27,11 +27,12 @@ def run(job: DecodeJob, events: Events) -> None:
     with ThreadPoolExecutor(max_workers=1) as background:
         stamp = background.submit(_stamp, job.vae)
         vae = Vae(checkpoint.part(job.vae, "vae"), WeightFiles(), dtype, device)
+        parents = dict(zip(job.latents, job.parents, strict=False))
         for done, path in enumerate(job.latents):
             events.send("decode", done=done, total=len(job.latents))
             try:
                 for latent in read_latents(path):
-                    _decode(vae, latent, job, stamp, events)
+                    _decode(vae, latent, job, stamp, events, parents.get(path))
                 if job.delete_latents:
                     Path(path).unlink()
             except FluxsplitError as error:
@@ -43,7 +44,14 @@ def _stamp(path: str) -> WeightsStamp:
     return WeightsStamp(Path(path).name, weights_sha256(path))
 
 
-def _decode(vae: Vae, latent: LatentFile, job: DecodeJob, stamp: Future[WeightsStamp], events: Events) -> None:
+def _decode(
+    vae: Vae,
+    latent: LatentFile,
+    job: DecodeJob,
+    stamp: Future[WeightsStamp],
+    events: Events,
+    parent: tuple[str, str] | None,
+) -> None:
     tensor = torch.frombuffer(bytearray(latent.payload), dtype=torch.float32).view(latent.shape)
     pixels = vae.decode(tensor)  # [H, W, 3]
     height, width = pixels.shape[:2]
@@ -54,6 +62,7 @@ def _decode(vae: Vae, latent: LatentFile, job: DecodeJob, stamp: Future[WeightsS
         versions={name: version(name) for name in ("fluxsplit", "torch", "diffusers")},
         dtype=DTYPE_NAMES[vae.dtype],
         device=device_name(vae.device),
+        parent=metadata.Parent(*parent) if parent is not None and parent[0] else None,
     )
     texts = metadata.png_text_chunks(record, latent.foreign)
     png = metadata.encode_png(pixels.numpy().tobytes(), width, height, texts)
