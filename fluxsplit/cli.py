@@ -14,9 +14,40 @@ import typer
 
 from fluxsplit import __version__
 from fluxsplit.cli_help import GroupedCommand
+from fluxsplit.cli_options import (
+    OUTPUT,
+    Cfg,
+    Clip,
+    ComfyUI,
+    Conditioning,
+    Count,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Guidance,
+    Json,
+    LatentFormat,
+    LatentsOut,
+    Model,
+    Negative,
+    NoiseIndex,
+    Prompt,
+    PromptFile,
+    Quiet,
+    Sampler,
+    SaveConditioning,
+    Scheduler,
+    Seed,
+    Shift,
+    Sigmas,
+    Size,
+    Steps,
+    TextEncoder,
+    Tokenizers,
+    Vae,
+)
 from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
-
-FILES, PICTURE, SAMPLER, MACHINE, OUTPUT = "Model files", "Picture", "Sampling", "Machine", "Output"
 
 app = typer.Typer(
     name="fluxsplit",
@@ -45,38 +76,6 @@ def _every_command(
     """FLUX.1 pictures on small graphics cards: encode, sample and decode in processes of their own."""
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="FILE",
-        rich_help_panel=FILES,
-        help="Weight file, diffusers folder, or a file name in ComfyUI's folders.",
-    ),
-]
-Vae = Annotated[
-    str | None, typer.Option(metavar="FILE", rich_help_panel=FILES, help="VAE file, where the model file holds none.")
-]
-ComfyUI = Annotated[
-    str | None,
-    typer.Option(
-        "--comfyui", metavar="DIR", rich_help_panel=FILES, help="ComfyUI's folder, searched for files. [~/ComfyUI]"
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(metavar="auto|cpu|cuda:N", rich_help_panel=MACHINE, help="Where to compute. [auto]")
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(metavar="auto|fp32|bf16|fp16", rich_help_panel=MACHINE, help="What to compute in. [auto]"),
-]
-Json = Annotated[bool | None, typer.Option("--json", rich_help_panel=OUTPUT, help="Results as JSON lines.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
-Quiet = Annotated[
-    bool | None, typer.Option("--quiet/--no-quiet", "-q", rich_help_panel=OUTPUT, help="Only results and errors.")
-]
-
 SAMPLE_EXAMPLES = """Examples:
   fluxsplit sample -p "a red circle above a blue square on white"
   fluxsplit sample -m flux1-schnell-fp8.safetensors -p "a lighthouse at dusk" -n 4 --size 1152x896
@@ -93,121 +92,33 @@ DECODE_EXAMPLES = """Examples:
 @app.command(cls=GroupedCommand, epilog=SAMPLE_EXAMPLES, short_help="Render prompts to latent files.")
 def sample(
     context: typer.Context,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            metavar="TEXT",
-            rich_help_panel=PICTURE,
-            help="What to show; repeatable; - reads one a line from stdin.",
-        ),
-    ] = None,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", rich_help_panel=PICTURE, help="File with one prompt a line; # starts a comment."),
-    ] = None,
-    negative: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", rich_help_panel=PICTURE, help="What to steer away from; needs --cfg above 1."),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [1024x1024; demo model 512x512]"
-        ),
-    ] = None,
-    seed: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="N|N..M", rich_help_panel=PICTURE, help="Seed or range; repeatable. [drawn, and printed on stderr]"
-        ),
-    ] = None,
-    count: Annotated[
-        int | None,
-        typer.Option(
-            "--count", "-n", metavar="N", rich_help_panel=PICTURE, help="Images for each prompt: seeds s, s+1, ... [1]"
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", rich_help_panel=SAMPLER, help="Sampling steps. [schnell 4, dev 20]")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="X", rich_help_panel=SAMPLER, help="Distilled guidance of dev models. [3.5]")
-    ] = None,
-    cfg: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", rich_help_panel=SAMPLER, help="True guidance; above 1 a step takes twice as long. [1]"
-        ),
-    ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(metavar="euler|heun|dpmpp_2m", rich_help_panel=SAMPLER, help="Sampler. [euler]")
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="simple|normal|beta|sgm_uniform", rich_help_panel=SAMPLER, help="How noise levels fall. [simple]"
-        ),
-    ] = None,
-    shift: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|MU",
-            rich_help_panel=SAMPLER,
-            help="Time shift mu; auto: by resolution for dev, none for schnell. ComfyUI: 1.15. [auto]",
-        ),
-    ] = None,
-    sigmas: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST", rich_help_panel=SAMPLER, help="The noise levels themselves, as 1,0.75,0.5,0.25,0."
-        ),
-    ] = None,
-    noise_index: Annotated[
-        int | None,
-        typer.Option(metavar="I", rich_help_panel=SAMPLER, help="Item of a ComfyUI batch to take the noise of. [0]"),
-    ] = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    negative: Negative = None,
+    size: Size = None,
+    seed: Seed = None,
+    count: Count = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    cfg: Cfg = None,
+    sampler: Sampler = None,
+    scheduler: Scheduler = None,
+    shift: Shift = None,
+    sigmas: Sigmas = None,
+    noise_index: NoiseIndex = None,
     model: Model = None,
-    text_encoder: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", rich_help_panel=FILES, help="T5 file, where the model file holds none."),
-    ] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", rich_help_panel=FILES, help="CLIP-L file, where the model file holds none."),
-    ] = None,
+    text_encoder: TextEncoder = None,
+    clip: Clip = None,
     vae: Vae = None,
-    tokenizers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            rich_help_panel=FILES,
-            help="Holds t5xxl/tokenizer.json, clip_l/vocab.json, clip_l/merges.txt.",
-        ),
-    ] = None,
+    tokenizers: Tokenizers = None,
     comfyui: ComfyUI = None,
-    conditioning: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", rich_help_panel=FILES, help="An encoded prompt; no text encoder is needed then."),
-    ] = None,
-    save_conditioning: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", rich_help_panel=FILES, help="Keep the encoded prompt for --conditioning."),
-    ] = None,
+    conditioning: Conditioning = None,
+    save_conditioning: SaveConditioning = None,
     dtype: Dtype = None,
     device: Device = None,
-    out: Annotated[
-        str | None,
-        typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for latent files. [latents]"),
-    ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(metavar="pt|safetensors|latent", rich_help_panel=OUTPUT, help="Format of latent files. [pt]"),
-    ] = None,
-    dry_run: Annotated[
-        bool | None, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show what would be done, and do nothing.")
-    ] = None,
+    out: LatentsOut = None,
+    format: LatentFormat = None,
+    dry_run: DryRun = None,
     json: Json = None,
     quiet: Quiet = None,
     debug: Debug = False,

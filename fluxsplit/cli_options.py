@@ -1,0 +1,148 @@
+"""The options that several commands share: names, help and the section of the help page in which they stand."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+FILES, PICTURE, SAMPLER, MACHINE, OUTPUT = "Model files", "Picture", "Sampling", "Machine", "Output"
+
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        rich_help_panel=PICTURE,
+        help="What to show; repeatable; - reads one a line from stdin.",
+    ),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", rich_help_panel=PICTURE, help="File with one prompt a line; # starts a comment."),
+]
+Negative = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", rich_help_panel=PICTURE, help="What to steer away from; needs --cfg above 1."),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [1024x1024; demo model 512x512]"
+    ),
+]
+Seed = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="N|N..M", rich_help_panel=PICTURE, help="Seed or range; repeatable. [drawn, and printed on stderr]"
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        "--count", "-n", metavar="N", rich_help_panel=PICTURE, help="Images for each prompt: seeds s, s+1, ... [1]"
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=SAMPLER, help="Sampling steps. [schnell 4, dev 20]")
+]
+Guidance = Annotated[
+    float | None, typer.Option(metavar="X", rich_help_panel=SAMPLER, help="Distilled guidance of dev models. [3.5]")
+]
+Cfg = Annotated[
+    float | None,
+    typer.Option(metavar="X", rich_help_panel=SAMPLER, help="True guidance; above 1 a step takes twice as long. [1]"),
+]
+Sampler = Annotated[
+    str | None, typer.Option(metavar="euler|heun|dpmpp_2m", rich_help_panel=SAMPLER, help="Sampler. [euler]")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="simple|normal|beta|sgm_uniform", rich_help_panel=SAMPLER, help="How noise levels fall. [simple]"
+    ),
+]
+Shift = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|MU",
+        rich_help_panel=SAMPLER,
+        help="Time shift mu; auto: by resolution for dev, none for schnell. ComfyUI: 1.15. [auto]",
+    ),
+]
+Sigmas = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", rich_help_panel=SAMPLER, help="The noise levels themselves, as 1,0.75,0.5,0.25,0."),
+]
+NoiseIndex = Annotated[
+    int | None,
+    typer.Option(metavar="I", rich_help_panel=SAMPLER, help="Item of a ComfyUI batch to take the noise of. [0]"),
+]
+TextEncoder = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", rich_help_panel=FILES, help="T5 file, where the model file holds none."),
+]
+Clip = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", rich_help_panel=FILES, help="CLIP-L file, where the model file holds none."),
+]
+Tokenizers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        rich_help_panel=FILES,
+        help="Holds t5xxl/tokenizer.json, clip_l/vocab.json, clip_l/merges.txt.",
+    ),
+]
+Conditioning = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", rich_help_panel=FILES, help="An encoded prompt; no text encoder is needed then."),
+]
+SaveConditioning = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", rich_help_panel=FILES, help="Keep the encoded prompt for --conditioning."),
+]
+LatentsOut = Annotated[
+    str | None,
+    typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for latent files. [latents]"),
+]
+LatentFormat = Annotated[
+    str | None,
+    typer.Option(metavar="pt|safetensors|latent", rich_help_panel=OUTPUT, help="Format of latent files. [pt]"),
+]
+DryRun = Annotated[
+    bool | None, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show what would be done, and do nothing.")
+]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="FILE",
+        rich_help_panel=FILES,
+        help="Weight file, diffusers folder, or a file name in ComfyUI's folders.",
+    ),
+]
+Vae = Annotated[
+    str | None, typer.Option(metavar="FILE", rich_help_panel=FILES, help="VAE file, where the model file holds none.")
+]
+ComfyUI = Annotated[
+    str | None,
+    typer.Option(
+        "--comfyui", metavar="DIR", rich_help_panel=FILES, help="ComfyUI's folder, searched for files. [~/ComfyUI]"
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="auto|cpu|cuda:N", rich_help_panel=MACHINE, help="Where to compute. [auto]")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="auto|fp32|bf16|fp16", rich_help_panel=MACHINE, help="What to compute in. [auto]"),
+]
+Json = Annotated[bool | None, typer.Option("--json", rich_help_panel=OUTPUT, help="Results as JSON lines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+Quiet = Annotated[
+    bool | None, typer.Option("--quiet/--no-quiet", "-q", rich_help_panel=OUTPUT, help="Only results and errors.")
+]
