@@ -13,16 +13,44 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from io import BytesIO
+from typing import Any, BinaryIO
 
 from fluxsplit.errors import FluxsplitError
 
-MAX_PICKLE_BYTES = 2 << 20
-MAX_OPCODES = 20_000
-MAX_MEMO = 10_000
-DTYPE_BY_STORAGE = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16"}
+_FLOATS = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16"}
+_OTHERS = {
+    "torch DoubleStorage": "F64",
+    "torch LongStorage": "I64",
+    "torch IntStorage": "I32",
+    "torch ShortStorage": "I16",
+    "torch CharStorage": "I8",
+    "torch ByteStorage": "U8",
+    "torch BoolStorage": "BOOL",
+}
 _REBUILD = "torch._utils _rebuild_tensor_v2"
+_PARAMETER = "torch._utils _rebuild_parameter"
 _ORDERED = "collections OrderedDict"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a pickle of some purpose may hold, and how much of it."""
+
+    what: str
+    """The thing that is read, for messages: `no latent needs os.system`."""
+    pickle_bytes: int
+    opcodes: int
+    memo: int
+    storages: dict[str, str]
+    """dtype by the name of its storage class."""
+    names: tuple[str, ...]
+    """Globals, apart from those of torch's storages, that may be named."""
+
+
+LATENT = Grammar("latent", 2 << 20, 20_000, 10_000, _FLOATS, (_REBUILD, _ORDERED))
+WEIGHTS = Grammar("weight file", 16 << 20, 1_000_000, 500_000, _FLOATS | _OTHERS, (_REBUILD, _PARAMETER, _ORDERED))
+"""A network of 700 tensors takes some 30,000 instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +58,7 @@ class PickledTensor:
     """A tensor as the pickle describes it; its values are in record `data/<key>`."""
 
     dtype: str
-    """F32, F16 or BF16."""
+    """As safetensors names it: F32, F16, BF16; in weight files also F64, I64, ..."""
     key: str
     storage_count: int
     """Elements that the storage claims to have."""
@@ -58,6 +86,7 @@ class _Storage:
 class _Machine:
     """The stack, the marks on it, and the memo."""
 
+    grammar: Grammar
     stack: list[Any] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
@@ -80,25 +109,30 @@ class _Machine:
         self.stack.append(tuple(reversed(items)))
 
 
-def load(data: bytes) -> Any:
+def load(data: bytes, grammar: Grammar = LATENT) -> Any:
     """What the pickle holds: dicts, lists, tuples, text, numbers and `PickledTensor`.
 
-    Raises FluxsplitError for anything else, and for more than `MAX_PICKLE_BYTES` or `MAX_OPCODES`.
+    Raises FluxsplitError for anything else, and for more than `grammar` allows.
     """
+    if len(data) > grammar.pickle_bytes:
+        raise FluxsplitError(f"its pickle has {len(data)} bytes, at most {grammar.pickle_bytes} are read")
+    return load_next(BytesIO(data), grammar)
+
+
+def load_next(stream: BinaryIO, grammar: Grammar) -> Any:
+    """What the next pickle in `stream` holds, which is left after its end; as `load`."""
     import pickletools  # noqa: PLC0415 - 10 ms that most commands need not spend
 
-    if len(data) > MAX_PICKLE_BYTES:
-        raise FluxsplitError(f"its pickle has {len(data)} bytes, at most {MAX_PICKLE_BYTES} are read")
-    machine = _Machine()
+    machine = _Machine(grammar)
     try:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if number >= MAX_OPCODES:
-                raise FluxsplitError(f"its pickle has over {MAX_OPCODES} instructions")
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if number >= grammar.opcodes:
+                raise FluxsplitError(f"its pickle has over {grammar.opcodes} instructions")
             if opcode.name == "STOP":
                 break
             step = _STEPS.get(opcode.name)
             if step is None:
-                raise FluxsplitError(f"its pickle uses {opcode.name}, which no latent needs")
+                raise FluxsplitError(f"its pickle uses {opcode.name}, which no {grammar.what} needs")
             step(machine, argument)
         result = machine.pop()
     except (ValueError, OverflowError, IndexError, struct.error) as error:
@@ -113,14 +147,15 @@ def _push(machine: _Machine, argument: Any) -> None:
 
 
 def _global(machine: _Machine, argument: Any) -> None:
-    if argument not in (_REBUILD, _ORDERED) and not str(argument).startswith("torch "):
+    if argument not in machine.grammar.names and not str(argument).startswith("torch "):
         name = str(argument)[:80].replace(" ", ".")
-        raise FluxsplitError(f"its pickle asks for {name!r}, which no latent needs", "do not trust this file")
+        what = machine.grammar.what
+        raise FluxsplitError(f"its pickle asks for {name!r}, which no {what} needs", "do not trust this file")
     machine.stack.append(_Name(argument))
 
 
 def _put(machine: _Machine, argument: Any) -> None:
-    if argument >= MAX_MEMO or not machine.stack:
+    if argument >= machine.grammar.memo or not machine.stack:
         raise FluxsplitError("its pickle remembers too much")
     machine.memo[argument] = machine.stack[-1]
 
@@ -163,12 +198,14 @@ def _persistent_id(machine: _Machine, _: Any) -> None:
     match machine.pop():
         case ("storage", _Name(text=kind), str(key), str(), int(count)) if key.isascii() and key.isdecimal():
             pass
+        case ("storage", _Name(text=kind), str(key), str(), int(count), None) if key.isascii() and key.isdecimal():
+            pass  # before torch 1.6
         case _:
             raise FluxsplitError("its pickle refers to something that is no storage")
-    if kind not in DTYPE_BY_STORAGE:
+    if kind not in machine.grammar.storages:
         dtype = kind.removeprefix("torch ").removesuffix("Storage")
         raise FluxsplitError(f"its tensor is {dtype[:40]!r}", "save it as fp32, fp16 or bf16")
-    machine.stack.append(_Storage(DTYPE_BY_STORAGE[kind], key, count))
+    machine.stack.append(_Storage(machine.grammar.storages[kind], key, count))
 
 
 def _are_counts(values: tuple[Any, ...]) -> bool:
@@ -186,8 +223,18 @@ def _reduce(machine: _Machine, _: Any) -> None:
         ) if _are_counts((offset, storage.count)) and _are_counts(shape) and _are_counts(stride):
             tensor = PickledTensor(storage.dtype, storage.key, storage.count, offset, shape, stride)
             machine.stack.append(tensor)
+        case _Name(text="torch._utils _rebuild_parameter"), (PickledTensor() as tensor, bool(), dict()):
+            machine.stack.append(tensor)
         case _:
             raise FluxsplitError("its pickle calls something that makes no tensor", "do not trust this file")
+
+
+def _build(machine: _Machine, _: Any) -> None:
+    """The attributes of a table, `_metadata` in every state dict: forgotten."""
+    machine.pop()
+    target = machine.stack[-1] if machine.stack else None
+    if machine.grammar is LATENT or type(target) is not dict:
+        raise FluxsplitError(f"its pickle uses BUILD, which no {machine.grammar.what} needs")
 
 
 def _nothing(machine: _Machine, _: Any) -> None:
@@ -224,6 +271,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEMS": lambda machine, _: _set(machine, machine.pop_to_mark()),
     "BINPERSID": _persistent_id,
     "REDUCE": _reduce,
+    "BUILD": _build,
 }
 
 
