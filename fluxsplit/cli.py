@@ -15,6 +15,7 @@ import typer
 from fluxsplit import __version__
 from fluxsplit.cli_help import GroupedCommand
 from fluxsplit.cli_options import (
+    MACHINE,
     OUTPUT,
     Cfg,
     Clip,
@@ -25,6 +26,7 @@ from fluxsplit.cli_options import (
     Device,
     DryRun,
     Dtype,
+    Fetch,
     Guidance,
     Json,
     LatentFormat,
@@ -45,6 +47,8 @@ from fluxsplit.cli_options import (
     Steps,
     TextEncoder,
     Tokenizers,
+    Upscale,
+    UpscaleTo,
     Vae,
 )
 from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
@@ -86,6 +90,12 @@ DECODE_EXAMPLES = """Examples:
   fluxsplit decode latents
   fluxsplit decode latents/*.pt --out pictures --delete-latents
   fluxsplit decode ComfyUI_00001_.latent --vae ae.safetensors
+  fluxsplit decode latents --upscale 2
+"""
+UPSCALE_EXAMPLES = """Examples:
+  fluxsplit upscale images/*.png
+  fluxsplit upscale photo.jpg --upscale 4 --fetch --out large
+  fluxsplit upscale images --upscale 4x-UltraSharp.pth --upscale-to 3840x2160
 """
 
 
@@ -152,12 +162,49 @@ def decode(
             "--delete-latents/--keep-latents", rich_help_panel=OUTPUT, help="Remove latents once decoded. [keep]"
         ),
     ] = None,
+    upscale: Upscale = None,
+    upscale_to: UpscaleTo = None,
+    fetch: Fetch = None,
     json: Json = None,
     quiet: Quiet = None,
     debug: Debug = False,
 ) -> None:
     """Decode latent files to PNGs that carry their recipe; their paths are printed on stdout."""
     raise typer.Exit(_run("decode", _given(context)))
+
+
+@app.command(cls=GroupedCommand, epilog=UPSCALE_EXAMPLES, short_help="Enlarge pictures.")
+def upscale(
+    context: typer.Context,
+    pictures: Annotated[
+        list[str], typer.Argument(metavar="IMG", help="Pictures, folders of them, or - for names on stdin.")
+    ],
+    upscale: Upscale = None,
+    upscale_to: UpscaleTo = None,
+    fetch: Fetch = None,
+    tile: Annotated[
+        str | None,
+        typer.Option(metavar="auto|N", rich_help_panel=MACHINE, help="Side of the tiles in pixels; 0 for none. [auto]"),
+    ] = None,
+    comfyui: ComfyUI = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the results. [that of each picture]"
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace pictures of the same name."),
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = None,
+    debug: Debug = False,
+) -> None:
+    """Enlarge pictures by a network, twofold unless told otherwise; their recipes are kept."""
+    raise typer.Exit(_run("upscale", _given(context)))
 
 
 @app.command(cls=GroupedCommand, short_help="Say what files hold.")
@@ -188,10 +235,13 @@ def info(
 
 @app.command(cls=GroupedCommand, short_help="Run a workflow file.")
 def run(
-    file: Annotated[str, typer.Argument(metavar="FILE.toml", help="A table [sample] or [decode] with their settings.")],
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE.toml", help="One table, [sample], [decode] or [upscale], with their settings."),
+    ],
     debug: Debug = False,
 ) -> None:
-    """Run a workflow file: the settings of `sample` or `decode`, named as their flags."""
+    """Run a workflow file: the settings of one command, named as their flags."""
     from fluxsplit.settings import read_workflow  # noqa: PLC0415
 
     raise typer.Exit(_run(*read_workflow(Path(file).expanduser())))
@@ -214,6 +264,10 @@ def _run(command: str, given: dict[str, Any]) -> int:
             from fluxsplit.cli_decode import decode  # noqa: PLC0415
 
             return decode(given, settings, progress)
+        if command == "upscale":
+            from fluxsplit.cli_upscale import upscale  # noqa: PLC0415
+
+            return upscale(given, settings, progress)
         from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
 
         plan = plan_sample(given, settings)

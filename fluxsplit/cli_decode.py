@@ -9,6 +9,7 @@ from typing import Any
 
 from fluxsplit.arguments import check_choice, check_device, read_stdin
 from fluxsplit.cli_sample import wanted_files
+from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess, run_stage
 from fluxsplit.fingerprint import file_sha256
@@ -34,6 +35,8 @@ class DecodePlan:
     jobs: tuple[DecodeJob, ...]
     """One for each VAE."""
     refused: tuple[Refused, ...]
+    upscale: UpscaleOptions | None = None
+    """How to enlarge the pictures afterwards."""
 
 
 def decode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
@@ -43,9 +46,23 @@ def decode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) 
     the other end of the pipe is still doing; it touches no device before it has its job.
     """
     if "-" not in given.get("latents", []):
-        return run_decode(plan_decode(given, defaults), progress)
+        return _decode(given, defaults, progress)
     with StageProcess("decode") as ahead:
-        return run_decode(plan_decode(given, defaults), progress, ahead)
+        return _decode(given, defaults, progress, ahead)
+
+
+def _decode(
+    given: dict[str, Any], defaults: dict[str, Any], progress: Progress, ahead: StageProcess | None = None
+) -> int:
+    values = defaults | given
+    wants_more = values.get("upscale") or values.get("upscale_to")
+    upscale = upscale_options(_for_upscale(values), progress) if wants_more else None
+    return run_decode(replace(plan_decode(given, defaults), upscale=upscale), progress, ahead)
+
+
+def _for_upscale(values: dict[str, Any]) -> dict[str, Any]:
+    """What the upscaler takes of the settings; dtype and tile are the VAE's, results go beside the pictures."""
+    return {"upscale": "2", **{key: value for key, value in values.items() if key not in ("dtype", "tile", "out")}}
 
 
 def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
@@ -87,6 +104,8 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
             ahead.submit(job)
         for event in ahead.events() if ahead is not None and number == 0 else run_stage("decode", job):
             progress.show(event)
+    if plan.upscale is not None:
+        upscale_paths(progress.results, plan.upscale, progress)  # the VAE's process has ended
     return 1 if progress.failures else 0
 
 

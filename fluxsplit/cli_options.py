@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 FILES, PICTURE, SAMPLER, MACHINE, OUTPUT = "Model files", "Picture", "Sampling", "Machine", "Output"
+UPSCALING = "Upscaling"
 
 Prompt = Annotated[
     list[str] | None,
@@ -145,4 +146,21 @@ Json = Annotated[bool | None, typer.Option("--json", rich_help_panel=OUTPUT, hel
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 Quiet = Annotated[
     bool | None, typer.Option("--quiet/--no-quiet", "-q", rich_help_panel=OUTPUT, help="Only results and errors.")
+]
+Upscale = Annotated[
+    str | None,
+    typer.Option(
+        "--upscale",
+        "-u",
+        metavar="2|4|NAME|FILE",
+        rich_help_panel=UPSCALING,
+        help="Enlarge by Real-ESRGAN or its like.",
+    ),
+]
+UpscaleTo = Annotated[
+    str | None, typer.Option(metavar="WxH", rich_help_panel=UPSCALING, help="Size to end with, by Lanczos.")
+]
+Fetch = Annotated[
+    bool | None,
+    typer.Option("--fetch/--no-fetch", rich_help_panel=UPSCALING, help="Download published weights that are missing."),
 ]

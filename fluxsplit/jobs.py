@@ -103,11 +103,35 @@ class DecodeJob:
     """For each latent the file name and the latent's SHA-256 of the picture it was made from; empty where none was."""
 
 
-Job = TextJob | SampleJob | DecodeJob
-STAGES: dict[str, type[TextJob] | type[SampleJob] | type[DecodeJob]] = {
+@dataclass(frozen=True, slots=True)
+class UpscaleJob:
+    """Enlarge every picture with one load of the network; each becomes a PNG."""
+
+    images: tuple[str, ...]
+    weights: str
+    device: str
+    factor: int = 0
+    """How much larger; 0 for as much as the network makes it."""
+    width: int = 0
+    """The size at the end, in pixels, whatever the network makes; 0 for none given."""
+    height: int = 0
+    out: str = ""
+    """A folder; empty for that of each picture."""
+    dtype: str = "auto"
+    vram: str = "auto"
+    tile: int | None = None
+    """Side in pixels, 0 for no tiles, None for as large as the memory allows."""
+    overwrite: bool = False
+    published_sha256: str = ""
+    """What a file of this name should have; empty where that is not known."""
+
+
+Job = TextJob | SampleJob | DecodeJob | UpscaleJob
+STAGES: dict[str, type[TextJob] | type[SampleJob] | type[DecodeJob] | type[UpscaleJob]] = {
     "text": TextJob,
     "sample": SampleJob,
     "decode": DecodeJob,
+    "upscale": UpscaleJob,
 }
 
 
@@ -119,6 +143,8 @@ def job_to_json(job: Job) -> str:
 def job_from_json(stage: str, text: str) -> Job:
     """The job of `stage` in `text`; raises KeyError or TypeError where the parent and the stage disagree."""
     table = json.loads(text)
+    if stage == "upscale":
+        return UpscaleJob(**{**table, "images": tuple(table["images"])})
     if stage == "sample":
         table["files"] = ModelFiles(**table["files"])
         table["images"] = tuple(_image(image) for image in table["images"])

@@ -16,6 +16,8 @@ COMFYUI_KINDS = {
     "t5": ("text_encoders", "clip", "checkpoints"),
     "clip": ("text_encoders", "clip", "checkpoints"),
     "vae": ("vae", "checkpoints"),
+    "upscaler": ("upscale_models",),
+    "vae_approx": ("vae_approx",),
 }
 """ComfyUI's folders in which a part may lie (ComfyUI `folder_paths.py`)."""
 WEIGHT_SUFFIXES = (".safetensors", ".sft")
@@ -86,7 +88,7 @@ def extra_model_paths(file: Path) -> dict[str, list[Path]]:
     return folders
 
 
-def weight_files(folder: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
+def weight_files(folder: Path, depth: int = MAX_DEPTH, suffixes: tuple[str, ...] = WEIGHT_SUFFIXES) -> Iterator[Path]:
     """Weight files in a folder and, down to `depth`, below it, sorted; links are followed as ComfyUI does."""
     count = 0
     for current, below, names in os.walk(folder, followlinks=True):
@@ -94,7 +96,7 @@ def weight_files(folder: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
         if len(Path(current).relative_to(folder).parts) >= depth:
             below.clear()
         for name in sorted(names):
-            if name.lower().endswith(WEIGHT_SUFFIXES) and count < MAX_FILES:
+            if name.lower().endswith(suffixes) and count < MAX_FILES:
                 count += 1
                 yield Path(current) / name
 

@@ -186,7 +186,8 @@ class Bars:
 
 
 def _key(event: Mapping[str, Any]) -> str:
-    return f"load {event.get('what', '')}" if event["event"] == "load" else str(event["event"])
+    part = {"load": "what", "upscale": "image"}.get(event["event"])
+    return f"{event['event']} {event.get(part, '')}" if part else str(event["event"])
 
 
 def _load(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
@@ -205,6 +206,15 @@ def _text(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
 def _decode(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
     done, total = int(event["done"]), int(event["total"])
     return Task(key, "latents decoded", done, total, f"{done} of {total}{_left(done, total, elapsed_s)}")
+
+
+def _upscale(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
+    """Tiles of picture `image`; the time left is that of this picture."""
+    image, images = int(event["image"]), int(event["images"])
+    done, total = int(event["done"]), int(event["total"])
+    title = f"picture {image + 1} of {images} enlarged" if images > 1 else "picture enlarged"
+    detail = f"tile {done} of {total}" if total > 1 else "whole"
+    return Task(key, title, done, total, f"{detail}{_left(done, total, elapsed_s)}")
 
 
 def _left(done: float, total: float, elapsed_s: float) -> str:
@@ -228,6 +238,7 @@ _TASKS: dict[str, Callable[[str, Mapping[str, Any], float], Task]] = {
     "text": _text,
     "step": _step,
     "decode": _decode,
+    "upscale": _upscale,
 }
 
 

@@ -18,7 +18,7 @@ from fluxsplit.errors import UsageError
 Reader = Callable[[Any], Any]
 Values = dict[str, Any]
 PREFIX = "FLUXSPLIT_"
-COMMANDS = ("sample", "decode")
+COMMANDS = ("sample", "decode", "upscale")
 MAX_FILE_BYTES = 1_000_000
 _OTHER_VARIABLES = {"FLUXSPLIT_CACHE"}
 """Ours, but no settings: read where they are used."""
@@ -79,6 +79,10 @@ def _number_or_text(value: Any) -> str:
     return repr(float(value)) if type(value) in (int, float) else _text(value)
 
 
+def _integer_or_text(value: Any) -> str:
+    return str(value) if type(value) is int else _text(value)
+
+
 SHARED: dict[str, Reader] = {
     "model": _text,
     "text_encoder": _text,
@@ -105,12 +109,23 @@ _SAMPLE: dict[str, Reader] = {
     "out": _text,
     "format": _text,
 }
-_DECODE: dict[str, Reader] = {"dtype": _text, "out": _text, "overwrite": _switch, "delete_latents": _switch}
+_UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
+_DECODE: dict[str, Reader] = {"dtype": _text, "out": _text, "overwrite": _switch, "delete_latents": _switch} | _UPSCALE
+_UPSCALE_ALONE: dict[str, Reader] = {
+    "comfyui": _text,
+    "device": _text,
+    "quiet": _switch,
+    "dtype": _text,
+    "out": _text,
+    "overwrite": _switch,
+    "tile": _integer_or_text,
+}
 _TEXT_FILES = ("text_encoder", "clip", "tokenizers")
 DEFAULTS: dict[str, dict[str, Reader]] = {
     "": SHARED,
     "sample": SHARED | _SAMPLE,
     "decode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _DECODE,
+    "upscale": _UPSCALE | _UPSCALE_ALONE,
 }
 """What settings files may set, by table; the empty name stands for keys at the top."""
 
@@ -125,6 +140,7 @@ _ONCE: dict[str, dict[str, Reader]] = {
         "json": _switch,
     },
     "decode": {"latents": _texts, "json": _switch},
+    "upscale": {"pictures": _texts, "json": _switch},
 }
 """What belongs to one run: on the command line or in a workflow file, never in the defaults."""
 WORKFLOW: dict[str, dict[str, Reader]] = {name: DEFAULTS[name] | _ONCE[name] for name in COMMANDS}
@@ -143,13 +159,17 @@ def defaults(command: str, environment: Mapping[str, str], folder: Path | None =
 
 
 def read_workflow(file: Path) -> tuple[str, Values]:
-    """Command and settings of a workflow file, which holds one table, `[sample]` or `[decode]`."""
+    """Command and settings of a workflow file, which holds one table, named as its command."""
     table = _load(file)
     if len(table) != 1 or not isinstance(table.get(next(iter(table))), dict) or next(iter(table)) not in COMMANDS:
         found = ", ".join(map(repr, list(table)[:5])) or "nothing"
-        raise UsageError(f"{file} holds {found}", "a workflow is one table, [sample] or [decode]")
+        raise UsageError(f"{file} holds {found}", f"a workflow is one table, {_tables_text()}")
     command, settings = next(iter(table.items()))
     return command, _read_values(settings, WORKFLOW[command], f"[{command}] of {file}")
+
+
+def _tables_text() -> str:
+    return " or ".join(f"[{name}]" for name in COMMANDS)
 
 
 def user_config(environment: Mapping[str, str]) -> Path:

@@ -1,4 +1,4 @@
-"""`text`, `sample` and `decode`: each runs in a process of its own, and this is the only room that wires rooms.
+"""`text`, `sample`, `decode`, `upscale`: each runs in a process of its own, and this is the only room that wires rooms.
 
 `python -m fluxsplit.stages STAGE` reads a job from stdin and writes events; see docs/architecture.md.
 """
@@ -14,7 +14,12 @@ from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError, OutOfMemory
 from fluxsplit.events import Events, read_job
 from fluxsplit.jobs import STAGES, job_from_json
 
-_HEAVY = {"text": "fluxsplit.stage_text", "sample": "fluxsplit.stage_sample", "decode": "fluxsplit.stage_decode"}
+_HEAVY = {
+    "text": "fluxsplit.stage_text",
+    "sample": "fluxsplit.stage_sample",
+    "decode": "fluxsplit.stage_decode",
+    "upscale": "fluxsplit.stage_upscale",
+}
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hipErrorOutOfMemory")
 
 

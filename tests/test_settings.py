@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fluxsplit.errors import UsageError
-from fluxsplit.settings import DEFAULTS, WORKFLOW, defaults, nearest, read_workflow, user_config
+from fluxsplit.settings import COMMANDS, DEFAULTS, WORKFLOW, defaults, nearest, read_workflow, user_config
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 
@@ -143,7 +143,7 @@ def test_a_workflow_that_is_not_there(tmp_path: Path) -> None:
         read_workflow(tmp_path / "w.toml")
 
 
-@pytest.mark.parametrize("command", ["sample", "decode"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_shipped_workflows_spell_out_every_setting(command: str) -> None:
     file = WORKFLOWS / f"{command}.toml"
     assert read_workflow(file)[0] == command
@@ -157,7 +157,7 @@ def test_the_shipped_workflows_spell_out_every_setting(command: str) -> None:
 
 def test_settings_of_files_are_settings_of_workflows() -> None:
     assert set(DEFAULTS[""]) <= set(DEFAULTS["sample"])
-    for command in ("sample", "decode"):
+    for command in COMMANDS:
         assert set(DEFAULTS[command]) <= set(WORKFLOW[command])
 
 

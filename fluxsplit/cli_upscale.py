@@ -1,0 +1,125 @@
+"""`fluxsplit upscale` and `decode --upscale`: pictures → which weights → one upscale stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxsplit import places
+from fluxsplit.arguments import check_choice, check_device, read_stdin
+from fluxsplit.errors import UsageError
+from fluxsplit.executor import run_stage
+from fluxsplit.jobs import UpscaleJob, absolute
+from fluxsplit.picture_file import SUFFIXES
+from fluxsplit.progress import Progress
+from fluxsplit.recipe import DTYPES
+from fluxsplit.upscalers import Chosen, choose
+
+MAX_SIDE_PX = 65535
+MIN_TILE_PX = 16
+
+
+@dataclass(frozen=True, slots=True)
+class UpscaleOptions:
+    """How pictures are to be enlarged: a job without its pictures, and a line to say when it is done."""
+
+    job: UpscaleJob
+    note: str = ""
+
+
+def upscale(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
+    """Plan and enlarge; returns the exit code."""
+    values = defaults | given
+    pictures = gather_pictures(values.get("pictures", []))
+    options = upscale_options({"upscale": "2", **values}, progress)
+    upscale_paths(pictures, options, progress)
+    return 1 if progress.failures else 0
+
+
+def upscale_options(values: dict[str, Any], progress: Progress) -> UpscaleOptions:
+    """What the settings `upscale`, `upscale_to`, `tile`, `fetch` and the like mean; finds or fetches the weights.
+
+    Raises UsageError for a value that cannot be used, ModelFileMissing where the weights are nowhere.
+    """
+    width, height = parse_target(values["upscale_to"]) if values.get("upscale_to") else (0, 0)
+    job = UpscaleJob(
+        images=(),
+        weights="",
+        device=check_device(values.get("device", "auto")),
+        width=width,
+        height=height,
+        out=absolute(values["out"]) if values.get("out") else "",
+        dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
+        vram=str(values.get("vram", "auto")),
+        tile=parse_tile(values.get("tile", "auto")),
+        overwrite=bool(values.get("overwrite", False)),
+    )
+
+    def on_bytes(name: str, done_bytes: int, total_bytes: int) -> None:
+        progress.show({"event": "load", "what": name, "done_bytes": done_bytes, "total_bytes": total_bytes})
+
+    comfyui = places.comfyui_root(values.get("comfyui", ""))
+    chosen = choose(str(values["upscale"]), comfyui, bool(values.get("fetch", False)), on_bytes)
+    return UpscaleOptions(_with_weights(job, chosen), chosen.note)
+
+
+def _with_weights(job: UpscaleJob, chosen: Chosen) -> UpscaleJob:
+    sha256 = chosen.published.sha256 if chosen.published else ""
+    return replace(job, weights=chosen.path, factor=chosen.factor, published_sha256=sha256)
+
+
+def upscale_paths(paths: Sequence[str | Path], options: UpscaleOptions, progress: Progress) -> list[str]:
+    """Enlarge pictures in a process of its own and show its events; returns the paths of what was made.
+
+    A picture that fails is told to `progress`, and the rest go on. Raises what the stage raises.
+    """
+    if not paths:
+        return []
+    if options.note:
+        progress.note(options.note)
+    before = len(progress.results)
+    for event in run_stage("upscale", replace(options.job, images=tuple(absolute(path) for path in paths))):
+        progress.show(event)
+    return progress.results[before:]
+
+
+def gather_pictures(names: Sequence[str]) -> list[Path]:
+    """Pictures in the order given: files, the pictures in folders, and the lines of stdin for `-`."""
+    files: dict[Path, None] = {}
+    for name in names:
+        found = [Path(line) for line in read_stdin() if line] if name == "-" else [Path(name).expanduser()]
+        for path in found:
+            files.update(dict.fromkeys(_in_folder(path) if path.is_dir() else [path]))
+    if not files:
+        raise UsageError("there is no picture to enlarge", "name files or folders, or - to read names from stdin")
+    return list(files)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not found:
+        raise UsageError(f"{folder} holds no picture", f"pictures end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def parse_target(text: str) -> tuple[int, int]:
+    """Width and height of `WxH`, which need be no multiples of anything; raises UsageError."""
+    width, cross, height = text.lower().replace("×", "x").partition("x")
+    if not (cross and width.strip().isdecimal() and height.strip().isdecimal()):
+        raise UsageError(f"--upscale-to {text!r} is not WIDTHxHEIGHT", "write it as 3840x2160")
+    size = int(width), int(height)
+    if not all(1 <= side <= MAX_SIDE_PX for side in size):
+        raise UsageError(f"--upscale-to {text!r} is outside 1..{MAX_SIDE_PX} pixels")
+    return size
+
+
+def parse_tile(text: str | int) -> int | None:
+    """Side of the tiles in pixels, 0 for none, None for `auto`; raises UsageError."""
+    if str(text) == "auto":
+        return None
+    if not str(text).isdecimal() or (int(text) != 0 and not MIN_TILE_PX <= int(text) <= MAX_SIDE_PX):
+        hint = f"use auto, 0 for none, or at least {MIN_TILE_PX}"
+        raise UsageError(f"--tile {str(text)[:40]!r} is no number of pixels", hint)
+    return int(text)

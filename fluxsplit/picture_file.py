@@ -1,0 +1,170 @@
+"""Pictures of strangers, read for their pixels, and written again with everything that they said of themselves.
+
+Pillow reads four formats here and no other: it would open PostScript under the name of a PNG and start Ghostscript.
+The text of a PNG is read by `png_text` before, within its limits; a JPEG or WebP keeps its prompt in the EXIF
+UserComment, as AUTOMATIC1111 writes it (`UNICODE` and UTF-16), from where it becomes the `parameters` of the PNG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.metadata import PARAMETERS_KEY, PNG_COMPRESS_LEVEL
+from fluxsplit.png_text import MAX_TEXT_BYTES, SIGNATURE, read_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_PIXELS = 1 << 28
+"""16384 x 16384, the largest that the sampler makes."""
+XMP_KEY = "XML:com.adobe.xmp"
+MAX_EXIF_BYTES = 1 << 20
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The pixels of a picture, upright, and what came with them."""
+
+    image: Image
+    """Mode RGB, L, or I;16 for grey of 16 bits."""
+    alpha: Image | None
+    """Mode L; None where all is opaque."""
+    texts: dict[str, str]
+    """As for a PNG, by keyword."""
+    exif: bytes
+    """Without the orientation, which was applied; empty where there is none."""
+    icc_profile: bytes
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.image.width
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.image.height
+
+
+def read_picture(path: str | Path) -> Picture:
+    """The picture at `path`, turned upright as its EXIF says.
+
+    Raises UsageError where there is no such file, FluxsplitError where it is no PNG, JPEG, WebP or BMP, is damaged
+    or has over `MAX_PIXELS`.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
+    texts = dict(read_png(path).texts) if start == SIGNATURE else {}
+    try:
+        return _opened(path, texts)
+    except FluxsplitError:
+        raise
+    except Exception as error:  # Pillow's readers fail in many ways on files that lie
+        detail = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        raise FluxsplitError(f"{path.name} cannot be read as a picture: {detail}") from error
+
+
+def _opened(path: Path, texts: dict[str, str]) -> Picture:
+    from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415 - 60 ms, only where pictures are read
+
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses from twice this number on
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise FluxsplitError(f"{path.name} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS}")
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError:
+        raise FluxsplitError(f"{path.name} is no picture that can be read", "PNG, JPEG, WebP and BMP can") from None
+    exif = upright.getexif()
+    kept = exif.tobytes() if exif else b""
+    icc = upright.info.get("icc_profile")
+    image, alpha = _separated(upright)
+    return Picture(
+        image,
+        alpha,
+        {**_texts_of(exif, upright.info.get("xmp")), **texts},
+        kept if len(kept) <= MAX_EXIF_BYTES else b"",
+        icc if isinstance(icc, bytes) and len(icc) <= MAX_TEXT_BYTES and image.mode == "RGB" else b"",
+    )
+
+
+def _separated(image: Image) -> tuple[Image, Image | None]:
+    """Colours, or grey where it is grey, and what is transparent."""
+    is_grey = image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+    if image.has_transparency_data:
+        whole = image.convert("LA" if is_grey and image.mode in ("1", "L", "LA") else "RGBA")
+        alpha = whole.getchannel("A")
+        colours = whole.convert("L" if whole.mode == "LA" else "RGB")
+        return colours, alpha if alpha.getextrema() != (255, 255) else None
+    if image.mode in ("I;16", "I;16B", "I;16L"):
+        return (image if image.mode == "I;16" else image.convert("I").convert("I;16")), None
+    return image.convert("L" if is_grey else "RGB"), None
+
+
+def _texts_of(exif: Any, xmp: Any) -> dict[str, str]:
+    """What a JPEG or WebP says, under the keywords that a PNG has for it."""
+    texts = {}
+    comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT) if exif else None
+    if isinstance(comment, bytes) and len(comment) <= MAX_TEXT_BYTES and (text := _user_comment(comment)):
+        texts[PARAMETERS_KEY] = text
+    if isinstance(xmp, bytes) and len(xmp) <= MAX_TEXT_BYTES:
+        text = xmp.decode("utf-8", "replace").rstrip("\0")
+        if "�" not in text:
+            texts[XMP_KEY] = text
+    return texts
+
+
+def _user_comment(raw: bytes) -> str:
+    """EXIF's UserComment: eight bytes name the code, UTF-16 comes in either order."""
+    code, body = raw[:8], raw[8:]
+    if code == b"ASCII\0\0\0":
+        text = body.decode("ascii", "replace")
+    elif code == b"UNICODE\0":
+        little = body.startswith(b"\xff\xfe") or (len(body) > 1 and body[0] != 0 and body[1] == 0)
+        text = body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("﻿")
+    else:
+        return ""
+    return "" if "�" in text else text.strip("\0 ")
+
+
+def resized(image: Image, width: int, height: int) -> Image:
+    """By Lanczos; the same picture where the size is the same."""
+    from PIL import Image as PillowImage  # noqa: PLC0415
+
+    return image if image.size == (width, height) else image.resize((width, height), PillowImage.Resampling.LANCZOS)
+
+
+def encode(image: Image, texts: Mapping[str, str], exif: bytes = b"", icc_profile: bytes = b"") -> bytes:
+    """A PNG of the picture (L, LA, RGB, RGBA) with texts, EXIF and colour profile.
+
+    Raises FluxsplitError for text that is no Unicode.
+    """
+    from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415
+
+    info = PngInfo()
+    for keyword, text in texts.items():
+        try:
+            info.add_text(keyword, text)
+        except UnicodeEncodeError:
+            raise FluxsplitError(f"the text {keyword[:80]!r} holds a character that is no Unicode text") from None
+    said: dict[str, Any] = {"exif": exif} if exif else {}
+    if icc_profile:
+        said["icc_profile"] = icc_profile
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info, compress_level=PNG_COMPRESS_LEVEL, **said)
+    return buffer.getvalue()

@@ -1,0 +1,145 @@
+"""The upscale stage: one load of the network, every picture enlarged and written with its texts and the upscaler's."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fluxsplit import durable, metadata, picture_file
+from fluxsplit.device import DTYPES as TORCH_DTYPES
+from fluxsplit.device import has_fast_bf16, pick_device
+from fluxsplit.errors import FluxsplitError, OutOfMemory
+from fluxsplit.events import Events
+from fluxsplit.fingerprint import weights_sha256
+from fluxsplit.jobs import UpscaleJob
+from fluxsplit.metadata import UpscalerStamp
+from fluxsplit.picture_file import Picture
+from fluxsplit.tiles import largest_tile
+from fluxsplit.upscale import Tiling, Upscaler, enlarge
+
+MAX_OUTPUT_PIXELS = 1 << 30
+"""3 GB of bytes; PNG itself would allow more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    job: UpscaleJob
+    network: Upscaler
+    sha256: Future[str]
+    events: Events
+
+
+def run(job: UpscaleJob, events: Events) -> None:
+    """Enlarge `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
+    device = pick_device(job.device)
+    with ThreadPoolExecutor(max_workers=1) as background:
+        sha256 = background.submit(weights_sha256, job.weights)
+        network = _loaded(job, device)
+        here = _Run(job, network, sha256, events)
+        if job.published_sha256 and sha256.result() != job.published_sha256:
+            events.send("note", text=f"{network.name} is not the file that Real-ESRGAN published under this name")
+        for number, path in enumerate(job.images):
+            network.compute_in(_dtype(job, network, device))  # a picture before may have needed fp32
+            try:
+                _upscale(here, path, number)
+            except OutOfMemory:
+                raise
+            except FluxsplitError as error:
+                events.send("failed", item=path, message=error.message, hint=error.hint)
+
+
+def _loaded(job: UpscaleJob, device: torch.device) -> Upscaler:
+    network = Upscaler(job.weights, torch.float32, device)
+    network.compute_in(_dtype(job, network, device))
+    return network
+
+
+def _dtype(job: UpscaleJob, network: Upscaler, device: torch.device) -> torch.dtype:
+    """fp32 on a CPU; on a card fp16, which has three bits more of every level than bf16 has, where it works."""
+    if job.dtype != "auto":
+        return TORCH_DTYPES[job.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    if network.supports(torch.float16):
+        return torch.float16
+    return torch.bfloat16 if network.supports(torch.bfloat16) and has_fast_bf16(device) else torch.float32
+
+
+def _upscale(here: _Run, path: str, number: int) -> None:
+    job, network, events = here.job, here.network, here.events
+    picture = picture_file.read_picture(path)
+    width, height = _target(job, network, picture)
+    tiling = _tiling(here, picture)
+    factor = f"{job.width}x{job.height}" if job.width else str(width // picture.width)
+
+    def on_tile(done: int, total: int) -> None:
+        events.send("upscale", image=number, images=len(job.images), done=done, total=total)
+
+    levels = enlarge(network, _pixels(picture), tiling, on_tile)
+    image = picture_file.resized(Image.fromarray(levels.numpy()), width, height)
+    if picture.image.mode != "RGB":
+        image = image.convert("L")
+    if picture.alpha is not None:
+        image.putalpha(picture_file.resized(picture.alpha, width, height))
+    stamp = UpscalerStamp(network.name, here.sha256.result(), network.scale, width, height)
+    texts = metadata.upscaled_texts(picture.texts, stamp, factor)
+    png = picture_file.encode(image, texts, picture.exif, picture.icc_profile)
+    folder = Path(job.out) if job.out else Path(path).parent
+    stem = f"{Path(path).stem}-{factor if 'x' in factor else f'{factor}x'}"
+    if job.overwrite:
+        written = durable.replace(folder / f"{stem}.png", png)
+    else:
+        written = durable.write_free(folder, stem, ".png", png)
+    events.send("result", path=str(written), recipe=_recipe(texts))
+
+
+def _target(job: UpscaleJob, network: Upscaler, picture: Picture) -> tuple[int, int]:
+    """Width and height of what is written; raises FluxsplitError where that is absurd."""
+    factor = job.factor or network.scale
+    width, height = job.width or picture.width * factor, job.height or picture.height * factor
+    made = picture.width * picture.height * network.scale**2
+    if max(width * height, made) > MAX_OUTPUT_PIXELS:
+        raise FluxsplitError(
+            f"{picture.width}x{picture.height} pixels times {network.scale} are over {MAX_OUTPUT_PIXELS}",
+            "enlarge by less",
+        )
+    return width, height
+
+
+def _tiling(here: _Run, picture: Picture) -> Tiling:
+    job, network = here.job, here.network
+    if job.tile is not None:
+        return Tiling(job.tile)
+    side = largest_tile(
+        picture.width, picture.height, network.planned_bytes(1, 1), _budget_bytes(job, network), network.multiple
+    )
+    return Tiling(side)
+
+
+def _budget_bytes(job: UpscaleJob, network: Upscaler) -> int:
+    if network.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(network.device)
+        return free_bytes * 3 // 4
+    return 2 << 30
+
+
+def _pixels(picture: Picture) -> torch.Tensor:
+    """fp32 [3, H, W] in 0..1."""
+    image = picture.image
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint16 if image.mode == "I;16" else torch.uint8)
+    channels = 3 if image.mode == "RGB" else 1
+    pixels = raw.view(image.height, image.width, channels).permute(2, 0, 1).float()
+    unit = pixels / (65535 if image.mode == "I;16" else 255)
+    return unit.expand(3, -1, -1).contiguous()
+
+
+def _recipe(texts: dict[str, str]) -> dict[str, object] | None:
+    with suppress(FluxsplitError):
+        record = metadata.record_from_json(texts.get(metadata.RECORD_KEY, ""))
+        return record.recipe.to_object() if record.recipe else None
+    return None
