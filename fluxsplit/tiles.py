@@ -45,17 +45,20 @@ class Span:
 def cut(length: int, tile: int, overlap: int, multiple: int = 1) -> list[Span]:
     """Spans of equal size, at most `tile` rounded up to `multiple`, that cover 0..length.
 
-    `length` is a multiple of `multiple`; neighbours overlap by at least `overlap`, which is at most half a tile.
+    `length` is a multiple of `multiple`; neighbours overlap by at least `overlap`, of which no more is used than a
+    quarter of a tile. A tile has eight multiples at least.
     """
-    tile = max(multiple, -(-tile // multiple) * multiple)
+    tile = max(8, -(-tile // multiple)) * multiple
     if tile >= length:
         return [Span(0, length, 0, length, 0, 0)]
-    overlap = min(overlap, tile // 2)
-    count = -(-(length - overlap) // (tile - overlap))
-    even = -(-(length + (count - 1) * overlap) // count)
-    tile = min(tile, -(-even // multiple) * multiple)
+    overlap = max(1, min(overlap, tile // 4))
+    shared = overlap + multiple - 1  # since origins are rounded down
+    count = -(-(length - shared) // (tile - shared))
+    even = -(-(length + (count - 1) * shared) // count)
+    tile = -(-even // multiple) * multiple
     starts = [(number * (length - tile)) // (count - 1) // multiple * multiple for number in range(count)]
-    fade = max(1, overlap // 2)
+    step = min(after - before for before, after in itertools.pairwise(starts))
+    fade = max(1, min(overlap // 2, step))  # no more than two tiles fade at the same place
     fades = [(before + after + tile - fade) // 2 for before, after in itertools.pairwise(starts)]
     spans = []
     for number, start in enumerate(starts):

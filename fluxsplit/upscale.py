@@ -45,6 +45,7 @@ UNKNOWN_PIXEL_BYTES = 64_000
 BUILD_SLACK_BYTES = 256 << 20
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 TileDone = Callable[[int, int], None]
+StoredWeights = dict[str, torch.Tensor]
 
 
 class NotFinite(FluxsplitError):
@@ -72,6 +73,7 @@ class Upscaler:
         self.tiles_itself: bool = self._network.tiling.name == "INTERNAL"
         self.pixel_bytes = _pixel_bytes(self._network)
         """What it holds at its peak for each pixel that goes in, computing in fp32."""
+        self._weights: StoredWeights = dict(self._network.model.state_dict())
         self._finite = True
         self._network.model.register_forward_hook(self._look)
         self.dtype, self.device = dtype, device
@@ -87,6 +89,12 @@ class Upscaler:
         if not self.supports(dtype):
             raise UsageError(f"{self.architecture} does not work in {DTYPE_NAMES[dtype]}", "use --dtype fp32")
         self._network.model.to(device=self.device, dtype=dtype)
+        cast = {
+            name: value.to(self.device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in self._weights.items()
+        }
+        self._network.model.load_state_dict(cast, assign=True)  # from fp32 each time: what fp16 lost would stay lost
+        self._network.model.requires_grad_(False)
         self.dtype = dtype
 
     def planned_bytes(self, width: int, height: int) -> float:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.jobs import DecodeJob, SampleJob, TextJob, job_from_json
+from fluxsplit.jobs import DecodeJob, SampleJob, TextJob, UpscaleJob, job_from_json
 from fluxsplit.latents import read_latents, write_latent
 from fluxsplit.recipe import Recipe, WeightsStamp
 
@@ -44,7 +44,7 @@ def main() -> None:
     if os.environ.get("FAKE_FAIL") == f"{stage} out of memory":
         say("error", exit_code=4, message="no room", hint="smaller --size", traceback="Traceback of the stage")
         return
-    results, failures = {"text": text, "sample": sample, "decode": decode}[stage](job)
+    results, failures = {"text": text, "sample": sample, "decode": decode, "upscale": upscale}[stage](job)
     log("done", stage=stage)
     say("done", results=results, failures=failures)
 
@@ -91,6 +91,16 @@ def decode(job: DecodeJob) -> tuple[int, int]:
         say("result", path=str(picture), recipe=recipe and json.loads(recipe.to_json()))
         say("decode", done=number + 1, total=len(job.latents))
     return len(job.latents), 0
+
+
+def upscale(job: UpscaleJob) -> tuple[int, int]:
+    """Larger pictures that hold nothing."""
+    for number, path in enumerate(job.images):
+        say("upscale", image=number, images=len(job.images), done=1, total=1)
+        picture = Path(job.out or Path(path).parent) / f"{Path(path).stem}-large.png"
+        picture.write_bytes(b"")
+        say("result", path=str(picture), recipe=None)
+    return len(job.images), 0
 
 
 if __name__ == "__main__":

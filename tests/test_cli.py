@@ -357,6 +357,62 @@ def test_decode_without_a_vae(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     assert (mixed.code, len(mixed.out), mixed.err.count("no VAE found")) == (1, 1, 2)
 
 
+def test_decode_enlarges_in_a_process_after_the_vaes(run: Run, home: Path) -> None:
+    run("sample", "-p", "a", "--seed", "1..2")
+    (home / "net.pth").write_bytes(b"x")
+    ran = run("decode", "latents", "--upscale", "net.pth", "--upscale-to", "300x200", "--dtype", "bf16")
+    names = ["latent-1.png", "latent-2.png", "latent-1-large.png", "latent-2-large.png"]
+    assert (ran.code, ran.out) == (0, [str(home / "images" / name) for name in names])
+    order = [(entry["what"], entry["stage"]) for entry in ran.log]
+    assert order.index(("done", "decode")) < order.index(("start", "upscale"))
+    job = ran.job("upscale")
+    assert (job["weights"], job["width"], job["height"], job["dtype"]) == (str(home / "net.pth"), 300, 200, "auto")
+
+
+def test_decode_looks_for_the_upscaler_first(run: Run) -> None:
+    run("sample", "-p", "a", "--seed", "1")
+    ran = run("decode", "latents", "--upscale", "4")
+    assert ran.code == 3 and ran.out == ran.log == []
+    assert "--fetch downloads RealESRGAN_x4plus.pth (67 MB)" in ran.err and len(ran.err.splitlines()) == 1
+
+
+def test_upscale(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = home / "ComfyUI" / "models" / "upscale_models"
+    folder.mkdir(parents=True)
+    (folder / "RealESRGAN_x2plus.pth").write_bytes(b"x")
+    (home / "in").mkdir()
+    for name in ("b.PNG", "a.jpg", "c.txt"):
+        (home / "in" / name).write_bytes(b"")
+    (home / "large").mkdir()
+    ran = run("upscale", "in", "--tile", "512", "--overwrite", "-o", "large")
+    assert ran.out == [str(home / "large" / name) for name in ("a-large.png", "b-large.png")]
+    job = ran.job("upscale")
+    assert job["weights"] == str(folder / "RealESRGAN_x2plus.pth") and job["published_sha256"].startswith("49fafd45")
+    assert (job["factor"], job["tile"], job["overwrite"], job["device"]) == (2, 512, True, "auto")
+    piped = run("upscale", "-", stdin=str(home / "in" / "a.jpg") + "\n")
+    assert piped.out == [str(home / "in" / "a-large.png")] and piped.job("upscale")["tile"] is None
+    monkeypatch.setenv("FAKE_FAIL", "upscale out of memory")
+    assert run("upscale", "in").code == 4
+
+
+def test_usage_errors_of_upscale(run: Run, home: Path) -> None:
+    (home / "empty").mkdir()
+    (home / "a.png").write_bytes(b"")
+    for words, said in [
+        (["empty"], "holds no picture"),
+        (["-"], "there is no picture to enlarge"),
+        (["a.png", "--tile", "5"], "'5' is no number of pixels"),
+        (["a.png", "--tile", "-64"], "is no number of pixels"),
+        (["a.png", "--upscale-to", "big"], "is not WIDTHxHEIGHT"),
+        (["a.png", "--upscale-to", "0x9"], "is outside 1..65535"),
+        (["a.png", "--dtype", "int8"], "is not one of"),
+        (["a.png", "--device", "gpu"], "gpu"),
+    ]:
+        ran = run("upscale", *words)
+        assert (ran.code, ran.out, len(ran.err.splitlines())) == (2, [], 1), words
+        assert said in ran.err, words
+
+
 def test_what_cannot_be_decoded_is_reported_and_the_rest_go_on(run: Run, home: Path) -> None:
     latent = run("sample", "-p", "a", "--seed", "1").out[0]
     (home / "bad.pt").write_bytes(b"PK\x03\x04 bad")
