@@ -38,6 +38,25 @@ def sigmas(scheduler: str, steps: int, variant: str, mu: float | None) -> tuple[
     return tuple(a for a, b in zip(levels, [*levels[1:], -1.0], strict=True) if a > b)
 
 
+def from_sigma(levels: tuple[float, ...], start: float, mu: float | None) -> tuple[float, ...]:
+    """The same number of steps from `start` down: a start in the middle costs no steps, whatever the schedule.
+
+    Times, which mu turns into sigmas, are drawn together so that the first is that of `start`. For evenly spaced
+    ones this is ComfyUI's `denoise`: int(n / d) steps are planned and the last n taken (`comfy/samplers.py`,
+    KSampler.set_steps). schnell's four from 0.9 are 0.9, 0.675, 0.45, 0.225, 0.
+    """
+    if start == levels[0]:
+        return levels
+    alpha = 1.0 if mu is None else math.exp(mu)
+
+    def time(sigma: float) -> float:
+        return 1 / (alpha / sigma - alpha + 1)
+
+    scale = time(start) / time(levels[0])
+    times = [scale * time(level) for level in levels[1:-1]]
+    return start, *(alpha / (alpha + 1 / t - 1) for t in times), 0.0
+
+
 def _simple(table: torch.Tensor, steps: int, mu: float | None) -> list[float]:
     stride = len(table) / steps
     return [float(table[-(1 + int(i * stride))]) for i in range(steps)]

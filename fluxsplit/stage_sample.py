@@ -22,10 +22,11 @@ from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 from fluxsplit.latent_space import LatentSpace, latent_space
-from fluxsplit.noise import initial_noise
 from fluxsplit.recipe import LATENT_CHANNELS, VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.sampling import SAMPLE
+from fluxsplit.schedule import from_sigma
 from fluxsplit.schedule import sigmas as scheduled_sigmas
+from fluxsplit.starting_point import starting_point
 from fluxsplit.transformer import Flux, check_conditioning
 from fluxsplit.weights import WeightFiles, keep_resident
 
@@ -55,7 +56,9 @@ def run(job: SampleJob, events: Events) -> None:
             try:
                 recipe, payload = _sample(model, image, number, len(job.images), events)
                 recipe = _stamped(recipe, job.files, model.stamps)
-                path = latents.write_latent(job.out, _stem(recipe), payload, _shape(recipe), recipe, format=job.format)
+                path = latents.write_latent(
+                    job.out, image.stem or _stem(recipe), payload, _shape(recipe), recipe, format=job.format
+                )
             except FluxsplitError as error:
                 item = f"seed {image.seed}: {image.prompt[:60]}"
                 events.send("failed", item=item, message=error.message, hint=error.hint)
@@ -152,10 +155,12 @@ def _sample(model: _Model, image: ImageJob, number: int, images: int, events: Ev
             raise FluxsplitError(
                 f"step {step + 1} of {recipe.steps} gave NaN or infinity in {recipe.dtype}", "try --dtype fp32"
             )
-        return x - sigma * velocity.to(x.device)
+        clean = x - sigma * velocity.to(x.device)
+        return clean if point.guide is None else point.guide(clean, sigma)
 
-    noise = initial_noise(image.seed, image.height // VAE_FACTOR, image.width // VAE_FACTOR, image.noise_index)
-    x = SAMPLE[recipe.sampler](denoise, noise * recipe.sigmas[0], recipe.sigmas, on_step)
+    preview = latents.read_latent(image.start_latent) if image.start_latent else None
+    point = starting_point(recipe, preview, model.space)
+    x = SAMPLE[recipe.sampler](denoise, point.latents, recipe.sigmas, on_step)
     vae_space = model.space.to_vae(x).contiguous()
     return recipe, vae_space.view(torch.uint8).numpy().tobytes()
 
@@ -190,10 +195,12 @@ def _recipe(model: _Model, image: ImageJob) -> Recipe:
     """Everything that was asked or defaulted, as it will be rendered."""
     variant, config = model.flux.variant, model.contents.config
     shift = image.shift if image.shift is not None else defaults.shift_of(variant, config, image.width, image.height)
-    levels = image.sigmas
+    levels = image.recorded_sigmas or image.sigmas
     if not levels:
         steps = image.steps or defaults.steps_of(variant, config)
         levels = scheduled_sigmas(image.scheduler, steps, variant, shift)
+    if image.start is not None and not image.recorded_sigmas:
+        levels = from_sigma(levels, image.start.strength, None if image.sigmas else shift)
     guidance = image.guidance if image.guidance is not None else defaults.guidance_of(variant)
     return Recipe(
         prompt=image.prompt,
@@ -217,6 +224,7 @@ def _recipe(model: _Model, image: ImageJob) -> Recipe:
         device=device_name(model.flux.device),
         stored_dtype=next(iter(model.contents.parts["transformer"].dtypes)),
         versions={name: version(name) for name in _VERSIONED},
+        start=image.start,
     )
 
 
