@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fluxsplit.errors import UsageError
+from fluxsplit.memory import DeviceInfo, free_ram_bytes, total_ram_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -62,3 +65,32 @@ def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" and has_fast_bf16(device) else torch.float32
+
+
+def device_info(device: torch.device) -> DeviceInfo:
+    """What a plan has to know of a device, without measuring anything: kind, name, memory, and what is unified."""
+    if device.type == "cpu":
+        return DeviceInfo(
+            "cpu", "cpu", free_ram_bytes(), total_ram_bytes(), unified=True, cores=torch.get_num_threads()
+        )
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceInfo(
+        kind="cuda" if torch.version.hip is None else "hip",
+        name=properties.name,
+        free_bytes=free_bytes,
+        total_bytes=total_bytes,
+        unified=bool(getattr(properties, "is_integrated", False)),
+        cores=int(properties.multi_processor_count),
+        fused_attention=_has_fused_attention(properties),
+    )
+
+
+def _has_fused_attention(properties: Any) -> bool:
+    """Whether torch brings a kernel that keeps the score matrix to itself: not on AMD before CDNA2 and RDNA3.
+
+    AOTriton is built for none of those (TheRock#1925); torch then materialises queries x keys for every head.
+    """
+    if torch.version.hip is None:
+        return bool(properties.major >= 5)
+    return str(properties.gcnArchName).startswith(("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"))
