@@ -224,11 +224,12 @@ def _left(done: float, total: float, elapsed_s: float) -> str:
 
 
 def _step(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
-    """`step` counts the finished steps of image `image`; earlier images are finished altogether."""
-    image, images = int(event["image"]), int(event["images"])
+    """`step` counts the finished steps of the `together` images from `image` on; earlier ones are finished."""
+    image, images, together = int(event["image"]), int(event["images"]), int(event.get("together", 1))
     step, steps, step_s = int(event["step"]), int(event["steps"]), float(event["step_s"])
-    to_do = steps - step + steps * (images - image - 1)
-    title = f"image {image + 1} of {images}" if images > 1 else "image"
+    to_do = steps - step + steps // max(1, together) * max(0, images - image - together)
+    which = f"image {image + 1}" if together <= 1 else f"images {image + 1} to {image + together}"
+    title = f"{which} of {images}" if images > 1 else "image"
     left = f", {duration_text(to_do * step_s)} left" if to_do and step_s > 0 else ""
     return Task(f"{key} {image}", title, step, steps, f"step {step} of {steps}, {step_s:.3g} s/step{left}")
 

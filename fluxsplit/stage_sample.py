@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import re
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +24,8 @@ from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 from fluxsplit.latent_space import LatentSpace, latent_space
+from fluxsplit.lockstep import Picture, sample_together
 from fluxsplit.recipe import LATENT_CHANNELS, VAE_FACTOR, Recipe, WeightsStamp
-from fluxsplit.sampling import SAMPLE
 from fluxsplit.schedule import from_sigma
 from fluxsplit.schedule import sigmas as scheduled_sigmas
 from fluxsplit.starting_point import starting_point
@@ -45,25 +47,16 @@ class _Model:
     contents: Contents
     space: LatentSpace
     stamps: dict[str, Future[WeightsStamp]]
-    read: _ReadAhead
+    together: int
+    """Pictures that are sampled in one pass."""
 
 
 def run(job: SampleJob, events: Events) -> None:
     """Sample `job.images`; a picture that fails is reported and the rest go on."""
     with ThreadPoolExecutor(max_workers=1) as hashing:
         model = _load(job, events, hashing)
-        for number, image in enumerate(job.images):
-            try:
-                recipe, payload = _sample(model, image, number, len(job.images), events)
-                recipe = _stamped(recipe, job.files, model.stamps)
-                path = latents.write_latent(
-                    job.out, image.stem or _stem(recipe), payload, _shape(recipe), recipe, format=job.format
-                )
-            except FluxsplitError as error:
-                item = f"seed {image.seed}: {image.prompt[:60]}"
-                events.send("failed", item=item, message=error.message, hint=error.hint)
-                continue
-            events.send("result", path=str(path), recipe=recipe.to_object())
+        for first in range(0, len(job.images), model.together):
+            _sample_group(model, job, range(len(job.images))[first : first + model.together], events)
 
 
 def _load(job: SampleJob, events: Events, hashing: ThreadPoolExecutor) -> _Model:
@@ -84,7 +77,8 @@ def _load(job: SampleJob, events: Events, hashing: ThreadPoolExecutor) -> _Model
         path: hashing.submit(_stamp, path)
         for path in {job.files.transformer, job.files.text_encoder, job.files.clip} - {""}
     }
-    return _Model(flux, contents, latent_space(vae_config), stamps, _ReadAhead(part, files, events))
+    flux.loader = _ReadAhead(part, files, events)
+    return _Model(flux, contents, latent_space(vae_config), stamps, len(job.images))
 
 
 def _resident_budget(device: torch.device, job: SampleJob, part: Part) -> int:
@@ -115,8 +109,11 @@ class _ReadAhead:
         self._done_bytes = 0
         self._ask(0)
 
-    def block_done(self, done: int) -> None:
-        """Called after each block of the first forward; later ones cost nothing."""
+    @contextmanager
+    def brought_in(self, number: int) -> Iterator[None]:
+        """After each block of the first forward the next is asked for; later ones cost nothing."""
+        yield
+        done = number + 1
         if done > len(self._spans) or self._done_bytes >= self.total_bytes:
             return
         self._done_bytes += self._block_bytes[done - 1]
@@ -137,52 +134,70 @@ def _stamp(path: str) -> WeightsStamp:
     return WeightsStamp(Path(path).name, weights_sha256(path))
 
 
-def _sample(model: _Model, image: ImageJob, number: int, images: int, events: Events) -> tuple[Recipe, bytes]:
+def _sample_group(model: _Model, job: SampleJob, numbers: Sequence[int], events: Events) -> None:
+    """Sample the images of these numbers in lockstep; each is written as soon as it is finished."""
+    pictures: dict[int, Picture] = {}
+    for number in numbers:
+        with _reporting(job.images[number], events):
+            pictures[number] = _picture(model, job.images[number])
+    told = _Told(events, pictures, len(job.images))
+    for number, latent in sample_together(model.flux, pictures, told.round):
+        with _reporting(job.images[number], events):
+            if isinstance(latent, FluxsplitError):
+                raise latent
+            _write(model, job, job.images[number], pictures[number].recipe, latent, events)
+
+
+@contextmanager
+def _reporting(image: ImageJob, events: Events) -> Iterator[None]:
+    """A failure inside is that of one picture."""
+    try:
+        yield
+    except FluxsplitError as error:
+        item = f"seed {image.seed}: {image.prompt[:60]}"
+        events.send("failed", item=item, message=error.message, hint=error.hint)
+
+
+def _picture(model: _Model, image: ImageJob) -> Picture:
     recipe = _recipe(model, image)
     conditioning = _conditioning(model.flux, image.conditioning)
     negative = _conditioning(model.flux, image.negative_conditioning) if image.cfg != 1 else None
-    step, started = 0, time.monotonic()
-
-    def on_step(done: int) -> None:
-        nonlocal step, started
-        now = time.monotonic()
-        events.send("step", image=number, images=images, step=done, steps=recipe.steps, step_s=now - started)
-        step, started = done, now
-
-    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        velocity = _velocity(model, x, sigma, conditioning, negative, recipe)
-        if not bool(velocity.isfinite().all()):
-            raise FluxsplitError(
-                f"step {step + 1} of {recipe.steps} gave NaN or infinity in {recipe.dtype}", "try --dtype fp32"
-            )
-        clean = x - sigma * velocity.to(x.device)
-        return clean if point.guide is None else point.guide(clean, sigma)
-
     preview = latents.read_latent(image.start_latent) if image.start_latent else None
-    point = starting_point(recipe, preview, model.space)
-    x = SAMPLE[recipe.sampler](denoise, point.latents, recipe.sigmas, on_step)
-    vae_space = model.space.to_vae(x).contiguous()
-    return recipe, vae_space.view(torch.uint8).numpy().tobytes()
+    return Picture(recipe, conditioning, negative, starting_point(recipe, preview, model.space))
 
 
-def _velocity(
-    model: _Model,
-    x: torch.Tensor,
-    sigma: float,
-    conditioning: Conditioning,
-    negative: Conditioning | None,
-    recipe: Recipe,
-) -> torch.Tensor:
-    """The predicted velocity, with true guidance where a negative is given (Ho & Salimans, arXiv 2207.12598)."""
+def _write(
+    model: _Model, job: SampleJob, image: ImageJob, recipe: Recipe, latent: torch.Tensor, events: Events
+) -> None:
+    payload = model.space.to_vae(latent).contiguous().view(torch.uint8).numpy().tobytes()
+    recipe = _stamped(recipe, job.files, model.stamps)
+    stem = image.stem or _stem(recipe)
+    path = latents.write_latent(job.out, stem, payload, _shape(recipe), recipe, format=job.format)
+    events.send("result", path=str(path), recipe=recipe.to_object())
 
-    def predict(text: Conditioning) -> torch.Tensor:
-        return model.flux.velocity(x, sigma, text, recipe.guidance, lambda done, _: model.read.block_done(done))
 
-    wanted = predict(conditioning)
-    if negative is None:
-        return wanted
-    unwanted = predict(negative)
-    return unwanted + recipe.cfg * (wanted - unwanted)
+class _Told:
+    """Tells how far a group of pictures is, once for each pass in which one of them finished a step."""
+
+    def __init__(self, events: Events, pictures: dict[int, Picture], images: int) -> None:
+        self._events, self._images = events, images
+        self._first, self._together = min(pictures, default=0), len(pictures)
+        self._total = sum(picture.recipe.steps for picture in pictures.values())
+        self._done, self._since_s = 0, time.monotonic()
+
+    def round(self, steps: dict[int, int]) -> None:
+        done, now_s = sum(steps.values()), time.monotonic()
+        if done > self._done:
+            self._events.send(
+                "step",
+                image=self._first,
+                images=self._images,
+                together=self._together,
+                step=done,
+                steps=self._total,
+                step_s=(now_s - self._since_s) / (done - self._done),
+            )
+            self._done, self._since_s = done, now_s
 
 
 def _conditioning(flux: Flux, path: str) -> Conditioning:

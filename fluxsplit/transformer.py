@@ -7,8 +7,11 @@ and cropped. And the order in which blocks are brought in belongs to whoever loa
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,56 @@ FLUX_AXES = (16, 56, 56)
 _CHANNELS = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny (control)"}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """One forward of the transformer."""
+
+    latents: torch.Tensor
+    """[1, 16, h, w], model space, any float dtype and device."""
+    sigma: float
+    """0..1."""
+    conditioning: Conditioning
+    guidance: float | None
+    """For dev; None for schnell."""
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One forward on its way through the blocks."""
+
+    image: torch.Tensor  # [1, N, D]
+    text: torch.Tensor  # [1, T, D]
+    temb: torch.Tensor  # [1, D]
+    rope: tuple[torch.Tensor, torch.Tensor]  # each [T + N, head]
+    grid: tuple[int, int]  # rows and columns of tokens
+    latent_size: tuple[int, int]  # height and width before padding
+
+    def through(self, block: torch.nn.Module) -> None:
+        self.text, self.image = block(
+            hidden_states=self.image, encoder_hidden_states=self.text, temb=self.temb, image_rotary_emb=self.rope
+        )
+        if self.image.dtype == torch.float16:
+            self.image = self.image.clip(-65504, 65504)  # diffusers clips only the text in double blocks
+
+    def is_finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in (self.image, self.text, self.temb))
+
+
+class EveryBlockThere:
+    """A loader that has nothing to bring in."""
+
+    def brought_in(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, block `number` can be computed."""
+        return contextlib.nullcontext()
+
+
+class Loader(Protocol):
+    """Who brings the blocks in."""
+
+    def brought_in(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, block `number` can be computed."""
+
+
 class Flux:
     """A Flux.1 transformer with its weights, predicting the velocity of a latent."""
 
@@ -37,37 +90,53 @@ class Flux:
         with torch.device("meta"):
             self.module = FluxTransformer2DModel(**_dimensions(part))
         fill(self.module, part, files, dtype, device)
+        self.blocks = (*self.module.transformer_blocks, *self.module.single_transformer_blocks)
+        self.loader: Loader = EveryBlockThere()
 
     @torch.inference_mode()
-    def velocity(
-        self,
-        latents: torch.Tensor,
-        sigma: float,
-        conditioning: Conditioning,
-        guidance: float | None,
-        on_block: Callable[[int, int], None] = lambda done, total: None,
-    ) -> torch.Tensor:
-        """noise - image as predicted at `sigma` (0..1) from `latents` [1, 16, h, w] in model space, fp32 in and out.
+    def velocities(self, forwards: Sequence[Forward]) -> list[torch.Tensor]:
+        """For each forward noise - image as predicted, fp32 [1, 16, h, w] on the device, in one pass over the blocks.
 
-        Odd sides are padded round to even and the result is cropped (ComfyUI `comfy/ldm/flux/model.py`).
-        `on_block` is told how many of how many blocks are done.
+        Every block is applied to each in turn, a batch of one, before the next block is brought in.
         """
-        height, width = latents.shape[-2:]
-        padded = F.pad(latents, (0, width % PATCH, 0, height % PATCH), mode="circular")
+        streams = [self._begin(forward) for forward in forwards]
+        for number, block in enumerate(self.blocks):
+            with self.loader.brought_in(number):
+                for stream in streams:
+                    stream.through(block)
+        return [self._end(stream) for stream in streams]
+
+    @torch.inference_mode()
+    def first_nonfinite(self, forward: Forward) -> str:
+        """The first place where a forward holds NaN or infinity, for people; empty where it does nowhere."""
+        stream = self._begin(forward)
+        if not stream.is_finite():
+            return "the embedding of latent, text or timestep"
+        doubles = len(self.module.transformer_blocks)
+        for number, block in enumerate(self.blocks):
+            with self.loader.brought_in(number):
+                stream.through(block)
+            if not stream.is_finite():
+                kind, index = ("double", number) if number < doubles else ("single", number - doubles)
+                return f"{kind} block {index}"
+        return "" if bool(self._end(stream).isfinite().all()) else "the final layer"
+
+    def _begin(self, forward: Forward) -> _Stream:
+        """Odd sides are padded round to even and the result is cropped (ComfyUI `comfy/ldm/flux/model.py`)."""
+        height, width = forward.latents.shape[-2:]
+        padded = F.pad(forward.latents, (0, width % PATCH, 0, height % PATCH), mode="circular")
         module = self.module
-        image = module.x_embedder(pack(padded).to(self.device, self.dtype))  # [1, N, D]
-        text = module.context_embedder(conditioning.t5.to(self.device, self.dtype))  # [1, T, D]
-        temb = self._embed_time(sigma, guidance, conditioning.pooled)  # [1, D]
+        image = module.x_embedder(pack(padded).to(self.device, self.dtype))
+        text = module.context_embedder(forward.conditioning.t5.to(self.device, self.dtype))
+        temb = self._embed_time(forward.sigma, forward.guidance, forward.conditioning.pooled)
         rows, columns = padded.shape[-2] // PATCH, padded.shape[-1] // PATCH
         rope = module.pos_embed(self._ids(text.shape[1], rows, columns))
-        total = len(module.transformer_blocks) + len(module.single_transformer_blocks)
-        for done, block in enumerate((*module.transformer_blocks, *module.single_transformer_blocks)):
-            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rope)
-            if image.dtype == torch.float16:
-                image = image.clip(-65504, 65504)  # diffusers clips only the text in double blocks
-            on_block(done + 1, total)
-        output = module.proj_out(module.norm_out(image, temb))  # [1, N, 64]
-        return unpack(output.float(), rows, columns)[..., :height, :width]
+        return _Stream(image, text, temb, rope, (rows, columns), (height, width))
+
+    def _end(self, stream: _Stream) -> torch.Tensor:
+        output = self.module.proj_out(self.module.norm_out(stream.image, stream.temb))  # [1, N, 64]
+        height, width = stream.latent_size
+        return unpack(output.float(), *stream.grid)[..., :height, :width]
 
     def _embed_time(self, sigma: float, guidance: float | None, pooled: torch.Tensor) -> torch.Tensor:
         embed = self.module.time_text_embed

@@ -34,7 +34,7 @@ from fluxsplit.events import Events
 from fluxsplit.jobs import DecodeJob, ImageJob, ModelFiles, SampleJob, TextJob
 from fluxsplit.latent_space import LatentSpace
 from fluxsplit.noise import initial_noise
-from fluxsplit.sampling import SAMPLE
+from fluxsplit.sampling import SAMPLE, drive
 from fluxsplit.text import T5, Clip
 from fluxsplit.transformer import Flux
 from fluxsplit.weights import StoredLinear, WeightFiles
@@ -660,13 +660,12 @@ def test_samplers_on_a_straight_and_a_curved_path(name: str) -> None:
     """On straight paths every sampler is exact; on a curved one, where the answer is known, it has its order."""
     x, clean = torch.full((1,), 2.0), torch.full((1,), 0.5)
     levels = (1.0, 0.8, 0.55, 0.2, 0.0)
-    assert SAMPLE[name](lambda x, sigma: clean, x, levels, lambda step: None) == pytest.approx(0.5, abs=1e-6)
+    assert drive(SAMPLE[name](x, levels), lambda x, sigma: clean) == pytest.approx(0.5, abs=1e-6)
 
     def error(steps: int) -> float:
         times = tuple(1 - 0.9 * i / steps for i in range(steps + 1))
-        end = SAMPLE[name](
-            lambda x, sigma: x - sigma * 2 * sigma, torch.ones(1, dtype=torch.float64), times, lambda i: None
-        )
+        x = torch.ones(1, dtype=torch.float64)
+        end = drive(SAMPLE[name](x, times), lambda x, sigma: x - sigma * 2 * sigma)
         return abs(float(end) - 0.01)  # dx/dsigma = 2 sigma: x = sigma^2
 
     order = math.log2(error(64) / error(128)) if error(64) > 1e-12 else 9.0
