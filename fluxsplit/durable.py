@@ -16,6 +16,8 @@ import errno
 import itertools
 import os
 import shutil
+import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ PART_SUFFIX = ".part"
 MAX_NAME_BYTES = 255
 MAX_SAME_NAMES = 100_000
 WRITE_BYTES = 8 << 20
+MAX_TAIL_BYTES = 1 << 16
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -78,6 +81,73 @@ def replace(path: str | Path, data: Bytes | Iterable[Bytes]) -> Path:
         return path
 
     return _write(path, data, commit)
+
+
+def append_line(path: str | Path, line: bytes, is_whole: Callable[[bytes], bool]) -> None:
+    """Add `line` and a newline to the end of `path`, which is made where it is missing; flushed when this returns.
+
+    Writers in several processes take turns. An end without newline is what a writer left that died: it is
+    completed where `is_whole` says that only the newline is missing (a person's editor may leave it out), and
+    cut off otherwise. Raises FluxsplitError, and then nothing of the line is left in the file.
+    """
+    path = Path(path)
+    try:
+        _make_folder(path.parent)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+        try:
+            with _file_lock(handle):
+                _append(handle, line, is_whole)
+        finally:
+            os.close(handle)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise _explained(error, path, len(line)) from error
+
+
+def _append(handle: int, line: bytes, is_whole: Callable[[bytes], bool]) -> None:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        raise OSError(errno.EINVAL, "not a plain file")
+    size_bytes = os.lseek(handle, 0, os.SEEK_END)
+    start = os.lseek(handle, max(0, size_bytes - MAX_TAIL_BYTES), os.SEEK_SET)
+    before, _, tail = os.read(handle, MAX_TAIL_BYTES).rpartition(b"\n")
+    whole = bool(tail) and is_whole(tail)
+    end = size_bytes if whole or not tail else size_bytes - len(tail)
+    if tail and not whole and not before and start:
+        raise OSError(errno.EINVAL, f"its last {MAX_TAIL_BYTES} bytes hold no line")
+    data = (b"\n" if whole else b"") + line + b"\n"
+    try:
+        os.ftruncate(handle, end)
+        os.lseek(handle, end, os.SEEK_SET)
+        done = 0
+        while done < len(data):
+            done += os.write(handle, data[done:])
+        os.fsync(handle)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, end)
+        raise
+
+
+@contextlib.contextmanager
+def _file_lock(handle: int) -> Iterator[None]:
+    """Hold the file against other writers of this program; a filesystem without locks goes without."""
+    if sys.platform == "win32":
+        import msvcrt  # noqa: PLC0415
+
+        os.lseek(handle, 1 << 40, os.SEEK_SET)  # far behind the end, so that readers are not held off
+        msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
+        try:
+            yield
+        finally:
+            os.lseek(handle, 1 << 40, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+        return
+    import fcntl  # noqa: PLC0415 - there is none on Windows
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    yield  # closing the file lets go
 
 
 def check_space(folder: str | Path, needed_bytes: int) -> None:
