@@ -31,11 +31,13 @@ def download(url: str, target: Path, size_bytes: int, sha256: str, on_bytes: Cal
     if target.exists():
         return target
     durable.check_space(target.parent, size_bytes)
+    from http.client import HTTPException  # noqa: PLC0415 - as urllib, only where something is fetched
+
     part = target.with_name(f"{target.name}.{sha256[:12]}.download")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _receive(url, part, size_bytes, on_bytes)
-    except OSError as error:  # URLError and time-outs are among them
+    except (OSError, HTTPException, ValueError) as error:  # URLError and time-outs are OSErrors
         raise FluxsplitError(
             f"cannot fetch {url}: {getattr(error, 'reason', None) or error}", "run it again to go on where it stopped"
         ) from error
