@@ -15,6 +15,7 @@ import typer
 from fluxsplit import __version__
 from fluxsplit.cli_help import GroupedCommand
 from fluxsplit.cli_options import (
+    FILES,
     MACHINE,
     OUTPUT,
     Cfg,
@@ -34,6 +35,8 @@ from fluxsplit.cli_options import (
     Model,
     Negative,
     NoiseIndex,
+    Peek,
+    PeekSteps,
     Prompt,
     PromptFile,
     Quiet,
@@ -50,6 +53,7 @@ from fluxsplit.cli_options import (
     Upscale,
     UpscaleTo,
     Vae,
+    Vram,
 )
 from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
 
@@ -92,6 +96,10 @@ DECODE_EXAMPLES = """Examples:
   fluxsplit decode ComfyUI_00001_.latent --vae ae.safetensors
   fluxsplit decode latents --upscale 2
 """
+PEEK_EXAMPLES = """Examples:
+  fluxsplit peek latents
+  fluxsplit peek latents/*.pt --decoder linear --out previews
+"""
 UPSCALE_EXAMPLES = """Examples:
   fluxsplit upscale images/*.png
   fluxsplit upscale photo.jpg --upscale 4 --fetch --out large
@@ -129,6 +137,8 @@ def sample(
     out: LatentsOut = None,
     format: LatentFormat = None,
     dry_run: DryRun = None,
+    peek: Peek = None,
+    peek_steps: PeekSteps = None,
     json: Json = None,
     quiet: Quiet = None,
     debug: Debug = False,
@@ -186,6 +196,7 @@ def upscale(
         str | None,
         typer.Option(metavar="auto|N", rich_help_panel=MACHINE, help="Side of the tiles in pixels; 0 for none. [auto]"),
     ] = None,
+    vram: Vram = None,
     comfyui: ComfyUI = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -205,6 +216,38 @@ def upscale(
 ) -> None:
     """Enlarge pictures by a network, twofold unless told otherwise; their recipes are kept."""
     raise typer.Exit(_run("upscale", _given(context)))
+
+
+@app.command(cls=GroupedCommand, epilog=PEEK_EXAMPLES, short_help="Make small previews of latents.")
+def peek(
+    context: typer.Context,
+    latents: Annotated[
+        list[str], typer.Argument(metavar="LATENT", help="Latent files, folders of them, or - for names on stdin.")
+    ],
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|linear|FILE", rich_help_panel=FILES, help="TAEF1's file; auto takes it where it is. [auto]"
+        ),
+    ] = None,
+    comfyui: ComfyUI = None,
+    device: Device = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for previews. [that of each latent]"
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace previews of the same name."),
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = None,
+    debug: Debug = False,
+) -> None:
+    """Make small previews of latents without a VAE, in milliseconds; by TAEF1 where its weights are."""
+    raise typer.Exit(_run("peek", _given(context)))
 
 
 @app.command(cls=GroupedCommand, short_help="Say what files hold.")
@@ -237,7 +280,7 @@ def info(
 def run(
     file: Annotated[
         str,
-        typer.Argument(metavar="FILE.toml", help="One table, [sample], [decode] or [upscale], with their settings."),
+        typer.Argument(metavar="FILE.toml", help="One table, named as its command."),
     ],
     debug: Debug = False,
 ) -> None:
@@ -264,6 +307,10 @@ def _run(command: str, given: dict[str, Any]) -> int:
             from fluxsplit.cli_decode import decode  # noqa: PLC0415
 
             return decode(given, settings, progress)
+        if command == "peek":
+            from fluxsplit.cli_peek import peek  # noqa: PLC0415
+
+            return peek(given, settings, progress)
         if command == "upscale":
             from fluxsplit.cli_upscale import upscale  # noqa: PLC0415
 

@@ -138,6 +138,10 @@ ComfyUI = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="auto|cpu|cuda:N", rich_help_panel=MACHINE, help="Where to compute. [auto]")
 ]
+Vram = Annotated[
+    str | None,
+    typer.Option(metavar="auto|8G|75%", rich_help_panel=MACHINE, help="Memory to use on the device. [auto]"),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(metavar="auto|fp32|bf16|fp16", rich_help_panel=MACHINE, help="What to compute in. [auto]"),
@@ -163,4 +167,16 @@ UpscaleTo = Annotated[
 Fetch = Annotated[
     bool | None,
     typer.Option("--fetch/--no-fetch", rich_help_panel=UPSCALING, help="Download published weights that are missing."),
+]
+Peek = Annotated[
+    bool | None,
+    typer.Option("--peek/--no-peek", rich_help_panel=OUTPUT, help="Write a small preview beside each latent."),
+]
+PeekSteps = Annotated[
+    bool | None,
+    typer.Option(
+        "--peek-steps/--no-peek-steps",
+        rich_help_panel=OUTPUT,
+        help="Keep peek.png in the folder of latents as the picture is after each step.",
+    ),
 ]

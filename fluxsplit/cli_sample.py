@@ -51,6 +51,8 @@ class Plan:
     dtype: str
     device: str
     notes: tuple[str, ...]
+    peek: bool = False
+    peek_steps: bool = False
 
 
 def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
@@ -75,6 +77,8 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
         dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
         device=check_device(values.get("device", "auto")),
         notes=tuple(notes),
+        peek=bool(values.get("peek", False)),
+        peek_steps=bool(values.get("peek_steps", False)),
     )
 
 
@@ -133,7 +137,7 @@ def _sample_job(plan: Plan, places: dict[str, str]) -> SampleJob:
         )
         for image in plan.images
     )
-    return SampleJob(images, plan.files, plan.out, plan.format, plan.dtype, plan.device)
+    return SampleJob(images, plan.files, plan.out, plan.format, plan.dtype, plan.device, plan.peek, plan.peek_steps)
 
 
 def _check_contradictions(given: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from fluxsplit.arguments import check_choice, check_device, read_stdin
 from fluxsplit.errors import UsageError
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import UpscaleJob, absolute
+from fluxsplit.memory import check_budget
 from fluxsplit.picture_file import SUFFIXES
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES
@@ -52,7 +53,7 @@ def upscale_options(values: dict[str, Any], progress: Progress) -> UpscaleOption
         height=height,
         out=absolute(values["out"]) if values.get("out") else "",
         dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
-        vram=str(values.get("vram", "auto")),
+        vram=check_budget(str(values.get("vram", "auto"))),
         tile=parse_tile(values.get("tile", "auto")),
         overwrite=bool(values.get("overwrite", False)),
     )

@@ -86,6 +86,10 @@ class SampleJob:
     format: str
     dtype: str
     device: str
+    peek: bool = False
+    """Write a preview beside each latent."""
+    peek_steps: bool = False
+    """Write a preview after each step, in place of the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +130,25 @@ class UpscaleJob:
     """What a file of this name should have; empty where that is not known."""
 
 
-Job = TextJob | SampleJob | DecodeJob | UpscaleJob
-STAGES: dict[str, type[TextJob] | type[SampleJob] | type[DecodeJob] | type[UpscaleJob]] = {
+@dataclass(frozen=True, slots=True)
+class PeekJob:
+    """Draw every latent by TAEF1's decoder."""
+
+    latents: tuple[str, ...]
+    weights: str
+    device: str
+    out: str = ""
+    """A folder; empty for that of each latent."""
+    overwrite: bool = False
+
+
+Job = TextJob | SampleJob | DecodeJob | UpscaleJob | PeekJob
+STAGES: dict[str, type[TextJob] | type[SampleJob] | type[DecodeJob] | type[UpscaleJob] | type[PeekJob]] = {
     "text": TextJob,
     "sample": SampleJob,
     "decode": DecodeJob,
     "upscale": UpscaleJob,
+    "peek": PeekJob,
 }
 
 

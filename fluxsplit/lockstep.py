@@ -38,14 +38,24 @@ Ended = tuple[int, torch.Tensor | FluxsplitError]
 """A picture's number and its latent, fp32 [1, 16, h, w] in model space, or why it has none."""
 
 
-def sample_together(flux: Flux, pictures: Mapping[int, Picture], on_round: Callable[[Steps], None]) -> Iterator[Ended]:
-    """Sample pictures in lockstep, yielding each as it ends; `on_round` is told how far they are after each pass."""
+def sample_together(
+    flux: Flux,
+    pictures: Mapping[int, Picture],
+    on_round: Callable[[Steps], None],
+    on_clean: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> Iterator[Ended]:
+    """Sample pictures in lockstep, yielding each as it ends; `on_round` is told how far they are after each pass.
+
+    `on_clean` is told a picture's number, its finished steps, and the latent that it expects at its end.
+    """
     paths = {n: SAMPLE[p.recipe.sampler](p.start.latents, p.recipe.sigmas) for n, p in pictures.items()}
     asked = {number: next(path) for number, path in paths.items()}
     steps = dict.fromkeys(pictures, 0)
     while asked:
         ended: list[Ended] = []
         for number, answer in _predict(flux, pictures, asked).items():
+            if on_clean is not None and isinstance(answer, torch.Tensor):
+                on_clean(number, steps[number] + 1, answer)
             outcome = answer if isinstance(answer, FluxsplitError) else _advance(paths[number], answer)
             if isinstance(outcome, Ask):
                 asked[number], steps[number] = outcome, outcome.step

@@ -18,7 +18,7 @@ from fluxsplit.errors import UsageError
 Reader = Callable[[Any], Any]
 Values = dict[str, Any]
 PREFIX = "FLUXSPLIT_"
-COMMANDS = ("sample", "decode", "upscale")
+COMMANDS = ("sample", "decode", "upscale", "peek")
 MAX_FILE_BYTES = 1_000_000
 _OTHER_VARIABLES = {"FLUXSPLIT_CACHE"}
 """Ours, but no settings: read where they are used."""
@@ -108,6 +108,8 @@ _SAMPLE: dict[str, Reader] = {
     "dtype": _text,
     "out": _text,
     "format": _text,
+    "peek": _switch,
+    "peek_steps": _switch,
 }
 _UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
 _DECODE: dict[str, Reader] = {"dtype": _text, "out": _text, "overwrite": _switch, "delete_latents": _switch} | _UPSCALE
@@ -119,6 +121,15 @@ _UPSCALE_ALONE: dict[str, Reader] = {
     "out": _text,
     "overwrite": _switch,
     "tile": _integer_or_text,
+    "vram": _text,
+}
+_PEEK: dict[str, Reader] = {
+    "decoder": _text,
+    "comfyui": _text,
+    "device": _text,
+    "quiet": _switch,
+    "out": _text,
+    "overwrite": _switch,
 }
 _TEXT_FILES = ("text_encoder", "clip", "tokenizers")
 DEFAULTS: dict[str, dict[str, Reader]] = {
@@ -126,6 +137,7 @@ DEFAULTS: dict[str, dict[str, Reader]] = {
     "sample": SHARED | _SAMPLE,
     "decode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _DECODE,
     "upscale": _UPSCALE | _UPSCALE_ALONE,
+    "peek": _PEEK,
 }
 """What settings files may set, by table; the empty name stands for keys at the top."""
 
@@ -141,6 +153,7 @@ _ONCE: dict[str, dict[str, Reader]] = {
     },
     "decode": {"latents": _texts, "json": _switch},
     "upscale": {"pictures": _texts, "json": _switch},
+    "peek": {"latents": _texts, "json": _switch},
 }
 """What belongs to one run: on the command line or in a workflow file, never in the defaults."""
 WORKFLOW: dict[str, dict[str, Reader]] = {name: DEFAULTS[name] | _ONCE[name] for name in COMMANDS}

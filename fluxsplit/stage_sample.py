@@ -25,6 +25,8 @@ from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 from fluxsplit.latent_space import LatentSpace, latent_space
 from fluxsplit.lockstep import Picture, sample_together
+from fluxsplit.peek import write_peek
+from fluxsplit.peek_steps import LivePeek
 from fluxsplit.recipe import LATENT_CHANNELS, VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.schedule import from_sigma
 from fluxsplit.schedule import sigmas as scheduled_sigmas
@@ -141,7 +143,9 @@ def _sample_group(model: _Model, job: SampleJob, numbers: Sequence[int], events:
         with _reporting(job.images[number], events):
             pictures[number] = _picture(model, job.images[number])
     told = _Told(events, pictures, len(job.images))
-    for number, latent in sample_together(model.flux, pictures, told.round):
+    recipes = {number: picture.recipe for number, picture in pictures.items()}
+    live = LivePeek(job.out, job.files.transformer, model.space, recipes).show if job.peek_steps else None
+    for number, latent in sample_together(model.flux, pictures, told.round, live):
         with _reporting(job.images[number], events):
             if isinstance(latent, FluxsplitError):
                 raise latent
@@ -173,7 +177,17 @@ def _write(
     recipe = _stamped(recipe, job.files, model.stamps)
     stem = image.stem or _stem(recipe)
     path = latents.write_latent(job.out, stem, payload, _shape(recipe), recipe, format=job.format)
+    if job.peek:
+        _peek(path, events)
     events.send("result", path=str(path), recipe=recipe.to_object())
+
+
+def _peek(path: Path, events: Events) -> None:
+    """A preview beside a latent; one that cannot be written is no reason to lose the latent."""
+    try:
+        write_peek(latents.read_latent(path), path.parent, path.stem)
+    except FluxsplitError as error:
+        events.send("note", text=f"no preview: {error.message}")
 
 
 class _Told:

@@ -12,11 +12,12 @@ from PIL import Image
 
 from fluxsplit import durable, metadata, picture_file
 from fluxsplit.device import DTYPES as TORCH_DTYPES
-from fluxsplit.device import has_fast_bf16, pick_device
+from fluxsplit.device import device_info, has_fast_bf16, pick_device
 from fluxsplit.errors import FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import UpscaleJob
+from fluxsplit.memory import budget_bytes
 from fluxsplit.metadata import UpscalerStamp
 from fluxsplit.picture_file import Picture
 from fluxsplit.tiles import largest_tile
@@ -122,10 +123,8 @@ def _tiling(here: _Run, picture: Picture) -> Tiling:
 
 
 def _budget_bytes(job: UpscaleJob, network: Upscaler) -> int:
-    if network.device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(network.device)
-        return free_bytes * 3 // 4
-    return 2 << 30
+    """What tiles may take of the device, its weights being there already."""
+    return budget_bytes(job.vram, device_info(network.device))
 
 
 def _pixels(picture: Picture) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`text`, `sample`, `decode`, `upscale`: each runs in a process of its own, and this is the only room that wires rooms.
+"""The stages: each runs in a process of its own, and this is the only room that wires rooms.
 
 `python -m fluxsplit.stages STAGE` reads a job from stdin and writes events; see docs/architecture.md.
 """
@@ -19,6 +19,7 @@ _HEAVY = {
     "sample": "fluxsplit.stage_sample",
     "decode": "fluxsplit.stage_decode",
     "upscale": "fluxsplit.stage_upscale",
+    "peek": "fluxsplit.stage_peek",
 }
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hipErrorOutOfMemory")
 

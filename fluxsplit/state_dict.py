@@ -29,6 +29,7 @@ from fluxsplit.torch_file import (
 from fluxsplit.torch_pickle import WEIGHTS, PickledTensor
 
 StateDict = dict[str, Tensor]
+SUFFIXES = (".pth", ".safetensors", ".sft", ".pt")
 OLD_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 OLD_TORCH_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 MAX_FILE_BYTES = WEIGHT_FILE.file_bytes

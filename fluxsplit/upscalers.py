@@ -16,8 +16,8 @@ from fluxsplit.download import download
 from fluxsplit.errors import ModelFileMissing
 from fluxsplit.fingerprint import cache_folder
 from fluxsplit.jobs import absolute
+from fluxsplit.state_dict import SUFFIXES
 
-SUFFIXES = (".pth", ".safetensors", ".sft", ".pt")
 _RELEASES = "https://github.com/xinntao/Real-ESRGAN/releases/download"
 PACKAGED = Path(__file__).parent / "demo" / "upscaler-2x.safetensors"
 

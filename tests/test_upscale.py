@@ -18,6 +18,7 @@ from samples import make_recipe
 from spandrel.architectures.Compact import Compact
 from spandrel.architectures.ESRGAN import ESRGAN
 
+from fluxsplit import upscalers
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, OutOfMemory, UsageError
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import file_sha256
@@ -27,6 +28,7 @@ from fluxsplit.picture_file import read_picture
 from fluxsplit.png_text import read_png
 from fluxsplit.recipe import WeightsStamp
 from fluxsplit.stage_upscale import run
+from fluxsplit.state_dict import read_state_dict
 from fluxsplit.upscale import Tiling, Upscaler, enlarge, enlarged_strips
 from fluxsplit.upscalers import PUBLISHED, choose
 from train_upscaler import as_published
@@ -447,3 +449,25 @@ def test_a_dtype_that_an_architecture_does_not_take(weights: dict[str, Path], dt
     network._network.supports_half = network._network.supports_bfloat16 = False
     with pytest.raises(UsageError, match=f"does not work in {dtype}"):
         network.compute_in({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+
+
+def test_the_packaged_upscaler_is_small_and_says_what_it_is() -> None:
+    assert upscalers.PACKAGED.stat().st_size < 300_000
+    chosen = choose("2", None, False, nothing)
+    assert "made for drawings" in chosen.note and "--fetch" in chosen.note
+    network = opened(upscalers.PACKAGED)
+    assert network.scale == 2 and len(read_state_dict(upscalers.PACKAGED)) > 10
+
+
+def test_the_packaged_upscaler_draws_edges_better_than_lanczos() -> None:
+    """On scenes that it was not trained on; scripts/train_upscaler.py measures 40 of them: 35.2 against 32.4 dB."""
+    from train_upscaler import pairs
+
+    network, ours, theirs = opened(upscalers.PACKAGED), 0.0, 0.0
+    for small, large in pairs(4, seed=11, test=True):
+        made = enlarge(network, small.float() / 255, Tiling(0), quiet).float()
+        image = Image.fromarray(small.permute(1, 2, 0).numpy()).resize((192, 192), Image.Resampling.LANCZOS)
+        wanted = large.permute(1, 2, 0).float()
+        ours += float(((made - wanted) ** 2).mean())
+        theirs += float(((torch.from_numpy(np.asarray(image).copy()).float() - wanted) ** 2).mean())
+    assert ours < 0.75 * theirs
