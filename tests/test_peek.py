@@ -210,3 +210,21 @@ def test_where_taef1_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_taef1(str(cached), None) == str(cached)
     with pytest.raises(ModelFileMissing, match="--decoder other"):
         find_taef1("other", root)
+
+
+def test_each_step_is_shown_of_the_first_picture(tmp_path: Path) -> None:
+    from fluxsplit.latent_space import LatentSpace
+    from fluxsplit.peek_steps import LivePeek
+    from fluxsplit.png_text import read_png
+
+    recipes = {3: make_recipe(width=32, height=32), 4: make_recipe(width=32, height=32)}
+    live = LivePeek(str(tmp_path), "/x/flux-demo.safetensors", LatentSpace(0.5, 0.1), recipes)
+    clean = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    live.show(4, 1, clean)
+    assert not list(tmp_path.iterdir())
+    for step in (1, 2):
+        live.show(3, step, clean)
+        assert read_png(tmp_path / "peek.png").texts["Comment"].startswith(f"step {step} of 4")
+    with Image.open(tmp_path / "peek.png") as image:
+        raw = LatentSpace(0.5, 0.1).to_vae(clean).contiguous().view(torch.uint8).numpy().tobytes()
+        assert image.tobytes() == draw(raw, 4, 4, demo_map()).tobytes()
