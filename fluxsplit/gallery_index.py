@@ -7,6 +7,7 @@ are ever opened, without following links.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -14,7 +15,7 @@ import re
 import stat
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,9 +87,7 @@ class GalleryIndex:
         fresh = {id: read_picture(id, *listed[id], folder=self._folder(listed[id][1])) for id in stale[:READ_AT_ONCE]}
         picks, complaint = self._read_picks()
         with self._lock:
-            self._pictures = {
-                id: fresh.get(id) or known[id] for id in listed if id in fresh or id in known
-            }
+            self._pictures = {id: fresh.get(id) or known[id] for id in listed if id in fresh or id in known}
             if picks is not None:
                 self._picks = picks
             self.notice = complaint or notice
@@ -234,35 +233,34 @@ def _parents(
     return [] if render.seed is None else by_seed.get((render.seed, render.prompt), [])
 
 
-def read_picture(
-    id: str, name: str, kind: str, size_bytes: int, changed_ns: int, folder: Path
-) -> Picture:
+def read_picture(id: str, name: str, kind: str, size_bytes: int, changed_ns: int, folder: Path) -> Picture:
     """The file's picture; one that is damaged or refused has `error`."""
     here = Picture(id, name, kind, size_bytes, changed_ns)
     try:
         return _read(here, folder / name)
     except FluxsplitError as error:
-        return Picture(id, name, kind, size_bytes, changed_ns, error=error.line()[:300])
+        return replace(here, error=error.line()[:300])
 
 
 def _read(here: Picture, path: Path) -> Picture:
+    """The picture at `path`; a recipe that is refused leaves a picture that says nothing of how it was made."""
     png = read_png(path)
-    record = record_from_json(png.texts[RECORD_KEY]) if RECORD_KEY in png.texts else None
     common = (here.id, here.name, here.kind, here.size_bytes, here.changed_ns, png.width, png.height)
-    if record is not None and record.recipe is not None:
-        recipe = record.recipe
-        said = (recipe.prompt, recipe.seed, recipe.steps, recipe.transformer.name, "fluxsplit")
-    else:
+    with contextlib.suppress(FluxsplitError):
+        if RECORD_KEY in png.texts:
+            return Picture(*common, **_said_by_us(record_from_json(png.texts[RECORD_KEY])))
         found = read_found(path)
-        said = (found.prompt or "", found.seed, found.steps, found.model or "", found.tool or "")
-    return Picture(*common, *said, *_family(record))
+        return Picture(*common, found.prompt or "", found.seed, found.steps, found.model or "", found.tool or "")
+    return Picture(*common)
 
 
-def _family(record: ImageRecord | None) -> tuple[str, str, str]:
-    if record is None:
-        return "", "", ""
-    parent = record.parent
-    return record.latent_sha256, parent.name if parent else "", parent.latent_sha256 if parent else ""
+def _said_by_us(record: ImageRecord) -> dict[str, Any]:
+    said: dict[str, Any] = {"latent_sha256": record.latent_sha256, "tool": "fluxsplit"}
+    if record.parent is not None:
+        said |= {"parent_name": record.parent.name, "parent_sha256": record.parent.latent_sha256}
+    if (recipe := record.recipe) is not None:
+        said |= {"prompt": recipe.prompt, "seed": recipe.seed, "steps": recipe.steps, "model": recipe.transformer.name}
+    return said
 
 
 def _stamp(picture: Picture) -> tuple[int, int]:
