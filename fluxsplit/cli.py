@@ -18,6 +18,7 @@ from fluxsplit.cli_options import (
     FILES,
     MACHINE,
     OUTPUT,
+    Cache,
     Cfg,
     Clip,
     ComfyUI,
@@ -37,6 +38,9 @@ from fluxsplit.cli_options import (
     NoiseIndex,
     Peek,
     PeekSteps,
+    PreviewCount,
+    PreviewSize,
+    PreviewsOut,
     Prompt,
     PromptFile,
     Quiet,
@@ -90,6 +94,10 @@ SAMPLE_EXAMPLES = """Examples:
   fluxsplit sample -m flux1-dev-fp8.safetensors --prompt-file prompts.txt --seed 7..15 --steps 28
   fluxsplit sample -p "a fox" | fluxsplit decode -
 """
+PREVIEW_EXAMPLES = """Examples:
+  fluxsplit preview -p "a red circle above a blue square on white"
+  fluxsplit preview -m flux1-schnell-fp8.safetensors --prompt-file prompts.txt -n 4 --size 576x472
+"""
 DECODE_EXAMPLES = """Examples:
   fluxsplit decode latents
   fluxsplit decode latents/*.pt --out pictures --delete-latents
@@ -132,6 +140,7 @@ def sample(
     comfyui: ComfyUI = None,
     conditioning: Conditioning = None,
     save_conditioning: SaveConditioning = None,
+    cache: Cache = None,
     dtype: Dtype = None,
     device: Device = None,
     out: LatentsOut = None,
@@ -145,6 +154,42 @@ def sample(
 ) -> None:
     """Render prompts to latent files, one for each prompt and seed; their paths are printed on stdout."""
     raise typer.Exit(_run("sample", _given(context)))
+
+
+@app.command(cls=GroupedCommand, epilog=PREVIEW_EXAMPLES, short_help="Render small pictures to choose from.")
+def preview(
+    context: typer.Context,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    negative: Negative = None,
+    size: PreviewSize = None,
+    seed: Seed = None,
+    count: PreviewCount = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    cfg: Cfg = None,
+    sampler: Sampler = None,
+    scheduler: Scheduler = None,
+    shift: Shift = None,
+    sigmas: Sigmas = None,
+    model: Model = None,
+    text_encoder: TextEncoder = None,
+    clip: Clip = None,
+    vae: Vae = None,
+    tokenizers: Tokenizers = None,
+    comfyui: ComfyUI = None,
+    cache: Cache = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: PreviewsOut = None,
+    format: LatentFormat = None,
+    dry_run: DryRun = None,
+    json: Json = None,
+    quiet: Quiet = None,
+    debug: Debug = False,
+) -> None:
+    """Render small pictures, numbered, with their latents and a sheet of them; their paths are printed on stdout."""
+    raise typer.Exit(_run("preview", _given(context)))
 
 
 @app.command(cls=GroupedCommand, epilog=DECODE_EXAMPLES, short_help="Decode latent files to PNGs.")
@@ -315,11 +360,18 @@ def _run(command: str, given: dict[str, Any]) -> int:
             from fluxsplit.cli_upscale import upscale  # noqa: PLC0415
 
             return upscale(given, settings, progress)
-        from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
+        if command == "preview":
+            from fluxsplit.cli_preview import plan_preview, run_preview  # noqa: PLC0415
 
-        plan = plan_sample(given, settings)
-        if not given.get("dry_run"):
-            return run_sample(plan, progress)
+            plan = plan_preview(given, settings)
+            if not given.get("dry_run"):
+                return run_preview(plan, given, settings, progress)
+        else:
+            from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
+
+            plan = plan_sample(given, settings)
+            if not given.get("dry_run"):
+                return run_sample(plan, progress)
         from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
 
         for note in plan.notes:

@@ -45,6 +45,19 @@ Count = Annotated[
         "--count", "-n", metavar="N", rich_help_panel=PICTURE, help="Images for each prompt: seeds s, s+1, ... [1]"
     ),
 ]
+PreviewSize = Annotated[
+    str | None, typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [512x512]")
+]
+PreviewCount = Annotated[
+    int | None,
+    typer.Option(
+        "--count",
+        "-n",
+        metavar="N",
+        rich_help_panel=PICTURE,
+        help="Pictures for each prompt: seeds s, s+1, ... [8; where seeds are given 1]",
+    ),
+]
 Steps = Annotated[
     int | None, typer.Option(metavar="N", rich_help_panel=SAMPLER, help="Sampling steps. [schnell 4, dev 20]")
 ]
@@ -100,9 +113,19 @@ Conditioning = Annotated[
     str | None,
     typer.Option(metavar="FILE", rich_help_panel=FILES, help="An encoded prompt; no text encoder is needed then."),
 ]
+Cache = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache/--no-cache", rich_help_panel=FILES, help="Keep encoded prompts, and use those that were kept. [cache]"
+    ),
+]
 SaveConditioning = Annotated[
     str | None,
     typer.Option(metavar="FILE", rich_help_panel=FILES, help="Keep the encoded prompt for --conditioning."),
+]
+PreviewsOut = Annotated[
+    str | None,
+    typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for previews. [previews]"),
 ]
 LatentsOut = Annotated[
     str | None,

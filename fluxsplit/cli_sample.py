@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fluxsplit import conditioning_cache
 from fluxsplit.arguments import (
     MAX_IMAGES,
     check_choice,
@@ -23,6 +25,7 @@ from fluxsplit.arguments import (
     parse_size,
 )
 from fluxsplit.checkpoint import part, variant_of
+from fluxsplit.conditioning_cache import Encoders, encoders_of
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob, TextJob, absolute
@@ -53,6 +56,10 @@ class Plan:
     notes: tuple[str, ...]
     peek: bool = False
     peek_steps: bool = False
+    cache: bool = True
+    """Whether encoded prompts are taken from the cache and kept there."""
+    encoders: Encoders | None = None
+    """What encoded the prompts, where a recipe says it; None for the encoders in `files`."""
 
 
 def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
@@ -79,6 +86,7 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
         notes=tuple(notes),
         peek=bool(values.get("peek", False)),
         peek_steps=bool(values.get("peek_steps", False)),
+        cache=bool(values.get("cache", True)),
     )
 
 
@@ -88,19 +96,22 @@ def wanted_files(values: dict[str, Any]) -> Wanted:
     return Wanted(**{name: values.get(name, "") for name in names})
 
 
-def run_sample(plan: Plan, progress: Progress) -> int:
-    """Encode, then sample; returns the exit code.
+def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, Any]], None] | None = None) -> int:
+    """Encode, then sample; returns the exit code. Results are shown, or given to `on_result`.
 
     The sample stage starts at once, so that its imports overlap the encoding; it gets its job, and with it the
-    first byte of the transformer, only when the text stage's process has ended.
+    first byte of the transformer, only when the text stage's process has ended. Prompts that were encoded before
+    are taken from the cache; where all were, there is no text stage.
     """
     for note in plan.notes:
         progress.note(note)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxsplit-")))
+        ready = _cached(plan)
         places = {
             text: kept or str(folder / f"{number}.safetensors")
             for number, (text, kept) in enumerate(zip(plan.prompts, plan.conditionings, strict=True))
+            if text not in ready
         }
         text_stage = stack.enter_context(StageProcess("text")) if places else None
         sample_stage = stack.enter_context(StageProcess("sample"))
@@ -109,10 +120,32 @@ def run_sample(plan: Plan, progress: Progress) -> int:
             for event in text_stage.events():
                 if event["event"] != "result":
                     progress.show(event)
-        sample_stage.submit(_sample_job(plan, places))
+        sample_stage.submit(_sample_job(plan, ready | places))
         for event in sample_stage.events():
-            progress.show(event)
+            (on_result if on_result and event["event"] == "result" else progress.show)(event)
+        _keep(plan, places)
     return 1 if progress.failures else 0
+
+
+def _cached(plan: Plan) -> dict[str, str]:
+    """The conditionings that are in the cache, by prompt; those to be saved to a file are encoded."""
+    encoders = (plan.encoders or encoders_of(plan.files)) if plan.cache and plan.prompts else None
+    if encoders is None:
+        return {}
+    found = {
+        text: conditioning_cache.find(encoders, text)
+        for text, kept in zip(plan.prompts, plan.conditionings, strict=True)
+        if not kept
+    }
+    return {text: path for text, path in found.items() if path}
+
+
+def _keep(plan: Plan, places: dict[str, str]) -> None:
+    """Keep what was encoded; the sample stage has computed the encoders' hashes by now."""
+    encoders = encoders_of(plan.files) if plan.cache and places else None
+    if encoders is not None:
+        for text, path in places.items():
+            conditioning_cache.keep(encoders, text, path)
 
 
 def _text_job(plan: Plan, places: dict[str, str]) -> TextJob:

@@ -28,11 +28,25 @@ def weights_sha256(path: str | Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def remembered_sha256(path: str | Path) -> str | None:
+    """What `weights_sha256` would say, if it can say so without reading the files; else None."""
+    place = Path(path)
+    known = _read()
+    try:
+        if place.is_file():
+            return known.get(_key(place.resolve()))
+        files = sorted(place.rglob("*.safetensors"))
+        if not files or any(_key(file.resolve()) not in known for file in files):
+            return None
+    except OSError:
+        return None
+    return weights_sha256(place)
+
+
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file, from memory if it has not changed since it was last computed."""
     place = Path(path).resolve()
-    status = place.stat()
-    key = f"{place}|{status.st_size}|{status.st_mtime_ns}"
+    key = _key(place)
     known = _read()
     if key in known:
         return known[key]
@@ -42,6 +56,11 @@ def file_sha256(path: str | Path) -> str:
             digest.update(chunk)
     _remember(key, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _key(place: Path) -> str:
+    status = place.stat()
+    return f"{place}|{status.st_size}|{status.st_mtime_ns}"
 
 
 def _read() -> dict[str, str]:

@@ -18,7 +18,7 @@ from fluxsplit.errors import UsageError
 Reader = Callable[[Any], Any]
 Values = dict[str, Any]
 PREFIX = "FLUXSPLIT_"
-COMMANDS = ("sample", "decode", "upscale", "peek")
+COMMANDS = ("sample", "preview", "decode", "upscale", "peek")
 MAX_FILE_BYTES = 1_000_000
 _OTHER_VARIABLES = {"FLUXSPLIT_CACHE"}
 """Ours, but no settings: read where they are used."""
@@ -110,7 +110,9 @@ _SAMPLE: dict[str, Reader] = {
     "format": _text,
     "peek": _switch,
     "peek_steps": _switch,
+    "cache": _switch,
 }
+_PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in ("noise_index", "peek", "peek_steps")}
 _UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
 _DECODE: dict[str, Reader] = {"dtype": _text, "out": _text, "overwrite": _switch, "delete_latents": _switch} | _UPSCALE
 _UPSCALE_ALONE: dict[str, Reader] = {
@@ -135,6 +137,7 @@ _TEXT_FILES = ("text_encoder", "clip", "tokenizers")
 DEFAULTS: dict[str, dict[str, Reader]] = {
     "": SHARED,
     "sample": SHARED | _SAMPLE,
+    "preview": SHARED | _PREVIEW,
     "decode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _DECODE,
     "upscale": _UPSCALE | _UPSCALE_ALONE,
     "peek": _PEEK,
@@ -151,6 +154,7 @@ _ONCE: dict[str, dict[str, Reader]] = {
         "dry_run": _switch,
         "json": _switch,
     },
+    "preview": {"prompt": _texts, "prompt_file": _text, "seed": _seeds, "dry_run": _switch, "json": _switch},
     "decode": {"latents": _texts, "json": _switch},
     "upscale": {"pictures": _texts, "json": _switch},
     "peek": {"latents": _texts, "json": _switch},

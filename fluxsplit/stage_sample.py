@@ -18,6 +18,7 @@ import torch
 from fluxsplit import checkpoint, defaults, fp8, latents
 from fluxsplit.checkpoint import Contents, Part
 from fluxsplit.conditioning import Conditioning, read_conditioning
+from fluxsplit.conditioning_cache import stamps_in
 from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_dtype
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
@@ -174,7 +175,7 @@ def _write(
     model: _Model, job: SampleJob, image: ImageJob, recipe: Recipe, latent: torch.Tensor, events: Events
 ) -> None:
     payload = model.space.to_vae(latent).contiguous().view(torch.uint8).numpy().tobytes()
-    recipe = _stamped(recipe, job.files, model.stamps)
+    recipe = _stamped(recipe, job.files, model.stamps, image.conditioning)
     stem = image.stem or _stem(recipe)
     path = latents.write_latent(job.out, stem, payload, _shape(recipe), recipe, format=job.format)
     if job.peek:
@@ -257,14 +258,18 @@ def _recipe(model: _Model, image: ImageJob) -> Recipe:
     )
 
 
-def _stamped(recipe: Recipe, files: ModelFiles, stamps: dict[str, Future[WeightsStamp]]) -> Recipe:
-    """The recipe with the weights' hashes and the time; waits for the hashes, which were computed meanwhile."""
+def _stamped(recipe: Recipe, files: ModelFiles, stamps: dict[str, Future[WeightsStamp]], conditioning: str) -> Recipe:
+    """The recipe with the weights' hashes and the time; waits for the hashes, which were computed meanwhile.
+
+    Encoders that were not needed are named as the conditioning names them, where it does.
+    """
     none = WeightsStamp("")
+    made_with = stamps_in(conditioning) or (none, none)
     return replace(
         recipe,
         transformer=stamps[files.transformer].result(),
-        text_encoder=stamps[files.text_encoder].result() if files.text_encoder else none,
-        clip=stamps[files.clip].result() if files.clip else none,
+        text_encoder=stamps[files.text_encoder].result() if files.text_encoder else made_with[0],
+        clip=stamps[files.clip].result() if files.clip else made_with[1],
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 

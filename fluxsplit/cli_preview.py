@@ -1,0 +1,69 @@
+"""`fluxsplit preview`: prompts → one sample stage, one decode stage, numbered pictures and a sheet to choose from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fluxsplit.cli_decode import plan_decode, run_decode
+from fluxsplit.cli_sample import Plan, plan_sample, run_sample
+from fluxsplit.executor import StageProcess
+from fluxsplit.jobs import absolute
+from fluxsplit.progress import Progress
+from fluxsplit.recipe import LATENT_FORMATS
+from fluxsplit.sheet import write_sheets
+
+FOLDER = "previews"
+LATENTS = "latents"
+"""Folder of the latents, below that of the pictures."""
+SIZE = "512x512"
+COUNT = 8
+_NUMBER = re.compile(r"(\d{4,9})(?:-\d+)?\.(?:png|" + "|".join(LATENT_FORMATS) + ")", re.ASCII)
+
+
+def plan_preview(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
+    """The plan of a command from its flags and the settings: small pictures, each with a free number."""
+    values: dict[str, Any] = {"size": SIZE, "count": COUNT, **defaults}
+    if given.get("seed") and "count" not in defaults:
+        values["count"] = 1  # seeds that are listed are the pictures that are wanted
+    out = Path(absolute((values | given).get("out", FOLDER)))
+    plan = plan_sample({**given, "out": str(out / LATENTS)}, values)
+    first = next_number(out)
+    images = (replace(image, stem=f"{first + number:04d}") for number, image in enumerate(plan.images))
+    return replace(plan, images=tuple(images))
+
+
+def run_preview(plan: Plan, given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
+    """Sample, decode, write the sheets; returns the exit code."""
+    latents: list[str] = []
+    with StageProcess("decode") as ahead:  # its imports overlap the sampling; it touches no device before its job
+        run_sample(plan, progress, lambda event: latents.append(event["path"]))
+        if not latents:
+            return 1
+        pictures = Path(plan.out).parent
+        words: dict[str, Any] = {
+            key: given[key] for key in ("model", "vae", "comfyui", "dtype", "device") if key in given
+        }
+        decoding = plan_decode({**words, "latents": latents, "out": str(pictures)}, defaults)
+        run_decode(decoding, progress, ahead)
+    sheet = write_sheets(pictures)
+    if sheet is not None:
+        progress.note(f"to choose: open {sheet}, or run fluxsplit gallery {pictures}")
+    return 1 if progress.failures else 0
+
+
+def next_number(folder: Path) -> int:
+    """The first number above those of the pictures and latents in a folder of previews, from 1."""
+    return max(_numbers((folder, folder / LATENTS)), default=0) + 1
+
+
+def _numbers(folders: Iterable[Path]) -> Iterable[int]:
+    for place in folders:
+        with suppress(OSError):
+            for file in place.iterdir():
+                if match := _NUMBER.fullmatch(file.name):
+                    yield int(match[1])
