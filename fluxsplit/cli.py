@@ -298,27 +298,17 @@ def peek(
 @app.command(cls=GroupedCommand, short_help="Say what files hold.")
 def info(
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="Latents, pictures or weight files.")],
+    form: Annotated[
+        str | None,
+        typer.Option("--as", metavar="a1111|cli|json", help="Only the recipe: as parameters, as a command, as JSON."),
+    ] = None,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Say what latents, pictures and weight files hold."""
-    from fluxsplit.inspection import inspect  # noqa: PLC0415  only where it is needed
+    """Say what latents, pictures (of any known tool) and weight files hold."""
+    from fluxsplit.cli_info import run_info  # noqa: PLC0415  only where it is needed
 
-    failed: list[FluxsplitError] = []
-    for number, file in enumerate(files):
-        try:
-            report = inspect(Path(file).expanduser())
-        except FluxsplitError as error:
-            if len(files) == 1:
-                raise
-            failed.append(error)
-            print(f"fluxsplit: {error.line()}", file=sys.stderr)
-            continue
-        if json:
-            print(report.to_json())
-        else:
-            print("\n" * (number > 0) + "\n".join(report.lines()))
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(run_info(files, bool(json), form))
 
 
 @app.command(cls=GroupedCommand, short_help="Run a workflow file.")

@@ -10,14 +10,16 @@ from typing import Any
 
 from fluxsplit import checkpoint
 from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.found import found_in, read_found
+from fluxsplit.found_text import as_form, facts_of
 from fluxsplit.latents import COMFY_TENSOR, read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
-from fluxsplit.png_text import SIGNATURE, read_png
+from fluxsplit.picture_text import PictureText, picture_kind, read_picture_text
 from fluxsplit.recipe import VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.safetensor_header import read_header
 from fluxsplit.torch_file import ZIP_MAGIC
 
-_OTHER_PICTURES = ((b"\xff\xd8\xff", "a JPEG"), (b"RIFF", "a WebP"), (b"GIF8", "a GIF"), (b"%!PS", "PostScript"))
+_OTHER_PICTURES = ((b"RIFF", "a RIFF file, but no WebP"), (b"GIF8", "a GIF"), (b"%!PS", "PostScript"))
 _LATENT_TENSORS = {COMFY_TENSOR, "latents", "samples"}
 _CONDITIONING_TENSORS = {"t5", "pooled"}
 
@@ -66,11 +68,11 @@ def inspect(path: str | Path) -> Report:
         raise UsageError(f"{path} does not exist") from None
     except OSError as error:
         raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
-    if start.startswith(SIGNATURE):
+    if picture_kind(start):
         return _picture(path, size_bytes)
     for magic, what in _OTHER_PICTURES:
         if start.startswith(magic):
-            raise FluxsplitError(f"{path.name} is {what}, of which nothing is read", "name a PNG by fluxsplit")
+            raise FluxsplitError(f"{path.name} is {what}, of which nothing is read", "name a PNG, JPEG or WebP")
     if start.startswith((ZIP_MAGIC, b"\x80")) or start[257:262] == b"ustar":
         return _latent(path, size_bytes)
     tensors = set(read_header(path).tensors)
@@ -94,7 +96,7 @@ def _latent(path: Path, size_bytes: int) -> Report:
         *_foreign_facts(first.foreign),
     ]
     if first.recipe is None:
-        facts.append(("recipe", "none; written by another program"))
+        facts += facts_of(read_found(path)) or [("recipe", "none; written by another program")]
     details = {
         "format": first.format,
         "batch": first.batch,
@@ -112,24 +114,20 @@ def _foreign_facts(foreign: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _picture(path: Path, size_bytes: int) -> Report:
-    png = read_png(path)
-    facts = [("kind", "picture (PNG)"), ("picture", f"{png.width}x{png.height} pixels")]
-    details: dict[str, Any] = {"width": png.width, "height": png.height, "texts": png.texts}
-    if RECORD_KEY not in png.texts:
-        if PARAMETERS_KEY in png.texts:
-            facts.append((PARAMETERS_KEY, png.texts[PARAMETERS_KEY]))
-        facts += [(name, f"{len(text)} characters") for name, text in png.texts.items() if name != PARAMETERS_KEY]
-        facts.append(("recipe", "none; not written by fluxsplit"))
-        return Report(str(path), "picture", size_bytes, tuple(facts), None, details)
+    picture = read_picture_text(path)
+    facts = [("kind", f"picture ({picture.container})"), ("picture", f"{picture.width}x{picture.height} pixels")]
+    details: dict[str, Any] = {"width": picture.width, "height": picture.height, "texts": picture.texts}
+    if RECORD_KEY not in picture.texts:
+        return _foreign_picture(path, size_bytes, picture, facts, details)
     try:
-        record = record_from_json(png.texts[RECORD_KEY])
+        record = record_from_json(picture.texts[RECORD_KEY])
     except FluxsplitError as error:
         raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
     facts += [
         ("latent sha256", record.latent_sha256),
         ("VAE", _stamp(record.vae)),
         ("decoded by", _table(record.versions)),
-        *_foreign_facts({name: text for name, text in png.texts.items() if name in ("prompt", "workflow")}),
+        *_foreign_facts({name: text for name, text in picture.texts.items() if name in ("prompt", "workflow")}),
     ]
     facts += [
         ("upscaled", f"{stamp.scale}x by {stamp.name} (sha256 {stamp.sha256}) to {stamp.width}x{stamp.height} pixels")
@@ -140,6 +138,21 @@ def _picture(path: Path, size_bytes: int) -> Report:
     details |= {"latent_sha256": record.latent_sha256, "vae": asdict(record.vae), "versions": record.versions}
     details |= {"upscaler": [asdict(stamp) for stamp in record.upscaler]}
     return Report(str(path), "picture", size_bytes, tuple(facts), record.recipe, details)
+
+
+def _foreign_picture(
+    path: Path, size_bytes: int, picture: PictureText, facts: list[tuple[str, str]], details: dict[str, Any]
+) -> Report:
+    found = found_in(picture, path.name)
+    if found.tool is None:
+        parameters = picture.texts.get(PARAMETERS_KEY)
+        facts += [] if parameters is None else [(PARAMETERS_KEY, parameters)]
+        facts += [(key, f"{len(text)} characters") for key, text in picture.texts.items() if key != PARAMETERS_KEY]
+        facts.append(("recipe", "none that is known; not written by fluxsplit"))
+    else:
+        facts += facts_of(found)
+        details |= {"found": json.loads(as_form(found, "json", path.name))}
+    return Report(str(path), "picture", size_bytes, tuple(facts), None, details)
 
 
 def _conditioning(path: Path, size_bytes: int) -> Report:

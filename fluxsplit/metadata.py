@@ -155,7 +155,7 @@ def upscaled_texts(texts: Mapping[str, str], stamp: UpscalerStamp, factor: str) 
         kept[RECORD_KEY] = replace(record, upscaler=(*record.upscaler, stamp)[-MAX_UPSCALERS:]).to_json()
     kind = "Postprocess upscale to" if "x" in factor else "Postprocess upscale by"
     said = {kind: factor, "Postprocess upscaler": stamp.name, "Postprocess upscaler SHA-256": stamp.sha256}
-    text = ", ".join(f"{name}: {_quoted(value)}" for name, value in said.items())
+    text = ", ".join(f"{name}: {quoted(value)}" for name, value in said.items())
     before = kept.get(POSTPROCESSING_KEY)
     kept[POSTPROCESSING_KEY] = f"{before}, {text}" if before else text
     return kept
@@ -223,11 +223,11 @@ def parameters_text(recipe: Recipe) -> str:
         "Model": recipe.transformer.name.removesuffix(".safetensors") or None,
         "RNG": "CPU",
     }
-    pairs = [f"{name}: {_quoted(str(value))}" for name, value in values.items() if value is not None]
+    pairs = [f"{name}: {quoted(str(value))}" for name, value in values.items() if value is not None]
     if sha256:
         pairs.append(f"Hashes: {json.dumps({'model': sha256[:10]})}")  # Civitai wants this one bare
     version = recipe.versions.get("fluxsplit", __version__)
-    pairs.append(f"Version: {_quoted(f'fluxsplit {version}')}")
+    pairs.append(f"Version: {quoted(f'fluxsplit {version}')}")
     negative = [f"Negative prompt: {recipe.negative}"] if recipe.negative else []
     return "\n".join([recipe.prompt, *negative, ", ".join(pairs)]).replace("\0", " ")
 
@@ -236,8 +236,8 @@ def _number(value: float) -> str:
     return f"{value:.12g}"
 
 
-def _quoted(text: str) -> str:
-    """A1111's rule: JSON where the value would end early; and where it would be taken for JSON."""
+def quoted(text: str) -> str:
+    """A value of `parameters`, as JSON where it would end early or be taken for JSON (A1111's rule)."""
     needs_quotes = any(c in text for c in ',:"\\') or not text.isprintable() or text != text.strip()
     return json.dumps(text, ensure_ascii=False) if needs_quotes else text
 

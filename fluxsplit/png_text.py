@@ -22,6 +22,7 @@ MAX_TEXT_BYTES = 4 << 20
 """For one text, inflated: all of a latent file's metadata fits (`safetensor_header.LATENT_LIMITS`)."""
 MAX_ALL_TEXT_BYTES = 8 << 20
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+_READ_CHUNKS = (b"IHDR", b"eXIf", *_TEXT_CHUNKS)
 _HINT = "copy or download it again"
 
 
@@ -32,6 +33,8 @@ class PngText:
     width: int
     height: int
     texts: dict[str, str]
+    exif: bytes = b""
+    """The eXIf chunk: a TIFF block."""
 
 
 def read_png(path: str | Path) -> PngText:
@@ -61,11 +64,13 @@ def _walk(file: BinaryIO) -> PngText:
         raise FluxsplitError("is a damaged PNG: it does not start with its size", _HINT)
     width, height = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
     texts: dict[str, str] = {}
-    total_bytes = 0
+    total_bytes, exif = 0, b""
     for _ in range(MAX_CHUNKS):
         kind, data = _chunk(file, size_bytes)
         if kind == b"IEND":
-            return PngText(width, height, texts)
+            return PngText(width, height, texts, exif)
+        if kind == b"eXIf":
+            exif = exif or data
         if kind not in _TEXT_CHUNKS:
             continue
         keyword, text, used_bytes = _text(kind, data)
@@ -85,7 +90,7 @@ def _chunk(file: BinaryIO, size_bytes: int) -> tuple[bytes, bytes]:
     end = file.tell() + length + 4
     if len(head) < 8 or end > size_bytes:
         raise FluxsplitError(f"is a PNG cut short: {size_bytes} bytes are too few", _HINT)
-    if kind != b"IHDR" and kind not in _TEXT_CHUNKS:
+    if kind not in _READ_CHUNKS:
         file.seek(end)
         return kind, b""
     if length > MAX_TEXT_BYTES:

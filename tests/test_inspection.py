@@ -119,8 +119,8 @@ def test_conditioning(tmp_path: Path) -> None:
     ("data", "said"),
     [
         (b"", "no safetensors file"),
-        (b"\xff\xd8\xff\xe0" + bytes(20), "a JPEG"),
-        (b"RIFF\0\0\0\0WEBP", "a WebP"),
+        (b"\xff\xd8\xff\xe0" + bytes(20), "JPEG"),
+        (b"RIFF\0\0\0\0WEBP", "WebP without"),
         (b"%!PS-Adobe", "PostScript"),
         (b"GGUF" + bytes(30), "GGUF"),
         (b"\x80\x02}q\0." + bytes(30), "no latent file"),

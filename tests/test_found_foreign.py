@@ -1,0 +1,177 @@
+"""Every tool's files in their true formats, and files that mean harm."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import pytest
+from foreign_files import API, CASES, FORGE, KSAMPLER, Case, comment, png, unicode_comment
+from samples import make_recipe
+
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.found import read_found
+from fluxsplit.found_a1111 import read_a1111
+from fluxsplit.found_comfy import read_comfy
+from fluxsplit.found_values import as_count, as_number, as_seed, as_size, lenient_json, sampler_of, scheduler_of
+from fluxsplit.metadata import parameters_text
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_tools(case: Case, tmp_path: Path) -> None:
+    case.write(tmp_path / "x")
+    found = read_found(tmp_path / "x")
+    assert {name: getattr(found, name) for name in case.wanted} == case.wanted
+    assert (found.picture_width, found.picture_height) == (64, 48)
+
+
+def test_docs_table_names_every_row() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "metadata.md").read_text()
+    missing = [case.name for case in CASES if case.name not in page]
+    assert not missing
+
+
+def test_our_own_parameters_are_read_back() -> None:
+    recipe = make_recipe(prompt='a fox: red, "big"\nsnow', negative="blur, ugly", noise_index=3)
+    found = read_a1111(parameters_text(recipe))
+    assert (found.tool, found.prompt, found.negative) == ("fluxsplit", recipe.prompt, recipe.negative)
+    assert (found.seed, found.steps, found.guidance, found.cfg) == (
+        recipe.seed,
+        recipe.steps,
+        recipe.guidance,
+        recipe.cfg,
+    )
+    assert (found.sampler, found.scheduler, found.noise_index) == (recipe.sampler, recipe.scheduler, 3)
+    assert (found.width, found.height, found.noise_source, found.warnings) == (32, 16, "cpu", ())
+
+
+def test_gpu_seed_and_loras_are_warned_of() -> None:
+    found = read_a1111(FORGE.replace("RNG: CPU, ", "").replace("a fox", "a fox <lora:ink:0.8>"))
+    assert found.noise_source == "gpu"
+    assert "GPU" in found.warnings[0]
+    assert "ink" in found.warnings[1]
+
+
+def test_plain_text_is_no_recipe(tmp_path: Path) -> None:
+    png(tmp_path / "x", {"parameters": "a fox\nwith, some: words", "Comment": "hello", "prompt": "{", "workflow": "[]"})
+    assert read_found(tmp_path / "x").tool is None
+
+
+def test_assumptions_are_named() -> None:
+    sampler, note = sampler_of("Euler a")
+    assert sampler == "euler"
+    assert "Euler a" in (note or "")
+    assert sampler_of("DPM++ 2M Beta") == ("dpmpp_2m", None)
+    assert scheduler_of("karras")[0] == "simple"
+    found = read_comfy(json.dumps(API), "")
+    assert any("batch of 4" in note for note in found.notes)
+    without = {key: node for key, node in API.items() if key != "27"}
+    assert read_comfy(json.dumps(without), "").width is None
+
+
+def test_loops_in_a_graph_end() -> None:
+    graph = json.loads(json.dumps(KSAMPLER))
+    graph["6"]["inputs"] = {"conditioning": ["6", 0], "text": ["6", 0]}
+    graph["5"]["inputs"] = {"samples": ["5", 0]}
+    found = read_comfy(json.dumps(graph), "")
+    assert (found.tool, found.prompt, found.width) == ("ComfyUI", None, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(7, 7), ("7", 7), (7.0, 7), (2**64, None), (-1, None), (True, None), ("9" * 5000, None), (float("nan"), None)],
+)
+def test_seeds(value: object, wanted: int | None) -> None:
+    assert as_seed(value) == wanted
+
+
+def test_numbers() -> None:
+    assert lenient_json("[NaN, Infinity, 1e999]") == [None, None, None]
+    assert as_number("3.5") == 3.5
+    assert as_number("1e999") is None
+    assert as_number("inf") is None
+    assert as_count("07", 9) == 7
+    assert as_size("(1152, 896)") == (1152, 896)
+    assert as_size("1152x99999999") == (None, None)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": 1, "a": 2}', "{", "nul"])
+def test_hostile_json(text: str) -> None:
+    with pytest.raises(FluxsplitError):
+        lenient_json(text)
+
+
+def test_hostile_containers(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    comment(path, unicode_comment("x" * 100))
+    good = path.read_bytes()
+    at = good.index(b"Exif\0\0") + 6
+    for offset in (0, 4, 8, 10, 14, 18, 22):
+        path.write_bytes(good[: at + offset] + b"\xff\xff\xff\xff" + good[at + offset + 4 :])
+        try:
+            read_found(path)
+        except FluxsplitError as error:
+            assert path.name in error.message
+    path.write_bytes(b"\xff\xd8\xff\xe1" + struct.pack(">H", 60000) + b"Exif")
+    with pytest.raises(FluxsplitError, match="cut short"):
+        read_found(path)
+    path.write_bytes(b"\xff\xd8" + b"\xff\xfe\x00\x02" * 10_000)
+    with pytest.raises(FluxsplitError, match="segments"):
+        read_found(path)
+    path.write_bytes(b"RIFF\0\0\0\0WEBP" + b"ABCD\0\0\0\0" * 10_000)
+    with pytest.raises(FluxsplitError, match="chunks"):
+        read_found(path)
+
+
+def test_entity_bombs_stay_small(tmp_path: Path) -> None:
+    bomb = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><exif:UserComment>&b;&b;</exif:UserComment>'
+    png(tmp_path / "x", {"XML:com.adobe.xmp": bomb})
+    assert read_found(tmp_path / "x").tool is None
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes changed, cut, doubled or exchanged for ones that mean something."""
+    broken = bytearray(data)
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(broken))
+        kind = rng.randrange(5)
+        if kind == 0:
+            broken[at] = rng.randrange(256)
+        elif kind == 1:
+            del broken[at : at + rng.randrange(1, 40)]
+        elif kind == 2:
+            broken[at:at] = broken[at : at + rng.randrange(1, 40)]
+        elif kind == 3:
+            broken[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"{[{[", b'"\\u0'])
+        else:
+            broken[at:at] = rng.choice([b",", b":", b'"', b"\0", b"(", b"NaN", b"1e999", b"<lora:", b"\\"])
+        broken = broken or bytearray(b"x")
+    return bytes(broken)
+
+
+def fuzz(folder: Path, runs: int, seed: int) -> int:
+    """Read mutated files of every tool; returns how many were read. Anything but FluxsplitError escapes."""
+    rng = random.Random(seed)
+    originals = []
+    for number, case in enumerate(CASES):
+        case.write(folder / f"case-{number}")
+        originals.append((folder / f"case-{number}").read_bytes())
+    path = folder / "broken"
+    for _ in range(runs):
+        path.write_bytes(mutate(rng.choice(originals), rng))
+        try:
+            read_found(path)
+        except FluxsplitError:
+            continue
+    return runs
+
+
+def test_broken_files_give_typed_errors(tmp_path: Path) -> None:
+    assert fuzz(tmp_path, 3000, 1) == 3000
+
+
+@pytest.mark.torture
+def test_broken_files_in_bulk(tmp_path: Path) -> None:
+    assert fuzz(tmp_path, 200_000, 2) == 200_000
