@@ -99,13 +99,14 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
         raise plan.refused[0].error
     for refused in plan.refused:
         progress.failed(refused.path, refused.error.message, refused.error.hint)
+    before = len(progress.results)
     for number, job in enumerate(plan.jobs):
         if ahead is not None and number == 0:
             ahead.submit(job)
         for event in ahead.events() if ahead is not None and number == 0 else run_stage("decode", job):
             progress.show(event)
     if plan.upscale is not None:
-        upscale_paths(progress.results, plan.upscale, progress)  # the VAE's process has ended
+        upscale_paths(progress.results[before:], plan.upscale, progress)  # the VAE's process has ended
     return 1 if progress.failures else 0
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fluxsplit import places
 from fluxsplit.arguments import check_choice, check_device, read_stdin
-from fluxsplit.errors import UsageError
+from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import UpscaleJob, absolute
 from fluxsplit.memory import check_budget
+from fluxsplit.metadata import POSTPROCESSING_KEY
 from fluxsplit.picture_file import SUFFIXES
+from fluxsplit.png_text import read_png
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES
 from fluxsplit.upscalers import Chosen, choose
@@ -99,10 +102,23 @@ def gather_pictures(names: Sequence[str]) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    """The pictures in a folder that were not enlarged before, so that a second run does not enlarge its own results."""
     found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if not found:
         raise UsageError(f"{folder} holds no picture", f"pictures end in {', '.join(SUFFIXES)}")
-    return found
+    fresh = [file for file in found if not _is_enlarged(file)]
+    if not fresh:
+        raise UsageError(f"all pictures in {folder} were enlarged before", "name those that are to be enlarged again")
+    return fresh
+
+
+def _is_enlarged(file: Path) -> bool:
+    """Whether a PNG says so; one that cannot be read is for the stage to report."""
+    if file.suffix.lower() != ".png":
+        return False
+    with suppress(FluxsplitError):
+        return POSTPROCESSING_KEY in read_png(file).texts
+    return False
 
 
 def parse_target(text: str) -> tuple[int, int]:

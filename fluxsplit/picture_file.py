@@ -26,6 +26,8 @@ MAX_PIXELS = 1 << 28
 """16384 x 16384, the largest that the sampler makes."""
 XMP_KEY = "XML:com.adobe.xmp"
 MAX_EXIF_BYTES = 1 << 20
+_RGB_MODES = ("RGB", "RGBA", "P")
+"""A profile of CMYK or grey says nothing of the RGB that is written."""
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
 
@@ -99,7 +101,7 @@ def _opened(path: Path, texts: dict[str, str]) -> Picture:
         alpha,
         {**_texts_of(exif, upright.info.get("xmp")), **texts},
         kept if len(kept) <= MAX_EXIF_BYTES else b"",
-        icc if isinstance(icc, bytes) and len(icc) <= MAX_TEXT_BYTES and image.mode == "RGB" else b"",
+        icc if isinstance(icc, bytes) and len(icc) <= MAX_TEXT_BYTES and upright.mode in _RGB_MODES else b"",
     )
 
 

@@ -38,8 +38,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 PROBE_PX = 128
-WORKSPACE = 1.25
-"""What convolution libraries take beside the tensors, measured in scripts/bench_upscale.py on a CPU."""
+WORKSPACE = {"cpu": 2.2, "cuda": 1.5}
+"""What is taken with what convolution libraries want, as a multiple of the tensors alive. On a CPU oneDNN keeps its own
+copies of input and output (scripts/bench_upscale.py); for graphics cards the figure is assumed, not measured."""
 UNKNOWN_PIXEL_BYTES = 64_000
 """Of a network that cannot run on the meta device: more than any measured one needs in fp32."""
 BUILD_SLACK_BYTES = 256 << 20
@@ -99,7 +100,7 @@ class Upscaler:
 
     def planned_bytes(self, width: int, height: int) -> float:
         """What computing a tile of this size takes beside the weights, in the present dtype."""
-        return width * height * self.pixel_bytes * self.dtype.itemsize / 4 * WORKSPACE
+        return width * height * self.pixel_bytes * self.dtype.itemsize / 4 * WORKSPACE[self.device.type]
 
     @torch.inference_mode()
     def apply(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, 
 
 from fluxsplit import cli, models
 from fluxsplit.fingerprint import file_sha256
+from fluxsplit.metadata import encode_png
 from fluxsplit.settings import WORKFLOW
 
 FAKE_STAGE = Path(__file__).parent / "fake_stage.py"
@@ -393,6 +394,22 @@ def test_upscale(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert piped.out == [str(home / "in" / "a-large.png")] and piped.job("upscale")["tile"] is None
     monkeypatch.setenv("FAKE_FAIL", "upscale out of memory")
     assert run("upscale", "in").code == 4
+
+
+def test_a_folders_own_results_are_not_enlarged_again(run: Run, home: Path) -> None:
+    (home / "net.pth").write_bytes(b"x")
+    pixels = bytes(3 * 4 * 4)
+    (home / "in").mkdir()
+    (home / "in" / "a.png").write_bytes(encode_png(pixels, 4, 4, {"parameters": "a fox"}))
+    (home / "in" / "a-2x.png").write_bytes(encode_png(pixels, 4, 4, {"postprocessing": "Postprocess upscale by: 2"}))
+    (home / "in" / "b.png").write_bytes(b"damaged")
+    job = run("upscale", "in", "-u", "net.pth").job("upscale")
+    assert [Path(path).name for path in job["images"]] == ["a.png", "b.png"]
+    assert len(run("upscale", "in/a-2x.png", "-u", "net.pth").job("upscale")["images"]) == 1
+    for name in ("a.png", "b.png", "a-large.png", "b-large.png", "a-2x-large.png"):
+        (home / "in" / name).unlink()
+    ran = run("upscale", "in", "-u", "net.pth")
+    assert ran.code == 2 and "enlarged before" in ran.err
 
 
 def test_usage_errors_of_upscale(run: Run, home: Path) -> None:

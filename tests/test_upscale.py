@@ -471,3 +471,18 @@ def test_the_packaged_upscaler_draws_edges_better_than_lanczos() -> None:
         ours += float(((made - wanted) ** 2).mean())
         theirs += float(((torch.from_numpy(np.asarray(image).copy()).float() - wanted) ** 2).mean())
     assert ours < 0.75 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["x2", "x4", "compact"])
+def test_a_card_gives_the_picture_of_the_cpu_within_the_planned_memory(weights: dict[str, Path], name: str) -> None:
+    pixels = torch.rand(3, 320, 300, generator=torch.Generator().manual_seed(1))
+    wanted = enlarge(opened(weights[name]), pixels, Tiling(0), quiet).int()
+    card = torch.device("cuda:0")
+    for dtype, levels in ((torch.float32, 1), (torch.float16, 3)):
+        network = Upscaler(weights[name], dtype, card)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made = enlarge(network, pixels, Tiling(128), quiet).int()
+        assert (made - wanted).abs().max() <= levels
+        assert torch.cuda.max_memory_allocated() - before <= network.planned_bytes(128, 128) * 1.5
