@@ -311,6 +311,26 @@ def info(
     raise typer.Exit(run_info(files, bool(json), form))
 
 
+@app.command(cls=GroupedCommand, short_help="Make copies to show elsewhere.")
+def export(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Pictures.")],
+    target: Annotated[
+        str, typer.Option("--for", metavar="pixelfed|civitai|web", help="Where the copies are to be shown.")
+    ],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the copies go.")] = "exports",
+    no_ai_mark: Annotated[bool, typer.Option("--no-ai-mark", help="Leave out the mark that an AI made it.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make copies that fit: size, format, and metadata kept or dropped on purpose.
+
+    pixelfed: JPEG up to 15 MB without metadata, the prompt beside it as alt text; civitai: PNG with parameters;
+    web: small WebP without metadata.
+    """
+    from fluxsplit.cli_export import run_export  # noqa: PLC0415  only where it is needed
+
+    raise typer.Exit(run_export(files, target, out, not no_ai_mark))
+
+
 @app.command(cls=GroupedCommand, short_help="Run a workflow file.")
 def run(
     file: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -415,3 +416,23 @@ CASES = (
         _FOX | {"tool": "Civitai", "steps": 25, "guidance": 3.5, "model": "Civitai model version 691639"},
     ),
 )
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes changed, cut, doubled or exchanged for ones that mean something."""
+    broken = bytearray(data)
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(broken))
+        kind = rng.randrange(5)
+        if kind == 0:
+            broken[at] = rng.randrange(256)
+        elif kind == 1:
+            del broken[at : at + rng.randrange(1, 40)]
+        elif kind == 2:
+            broken[at:at] = broken[at : at + rng.randrange(1, 40)]
+        elif kind == 3:
+            broken[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"{[{[", b'"\\u0'])
+        else:
+            broken[at:at] = rng.choice([b",", b":", b'"', b"\0", b"(", b"NaN", b"1e999", b"<lora:", b"\\"])
+        broken = broken or bytearray(b"x")
+    return bytes(broken)

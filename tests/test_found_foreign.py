@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from foreign_files import API, CASES, FORGE, KSAMPLER, Case, comment, png, unicode_comment
+from foreign_files import API, CASES, FORGE, KSAMPLER, Case, comment, mutate, png, unicode_comment
 from samples import make_recipe
 
 from fluxsplit.errors import FluxsplitError
@@ -129,26 +129,6 @@ def test_entity_bombs_stay_small(tmp_path: Path) -> None:
     bomb = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><exif:UserComment>&b;&b;</exif:UserComment>'
     png(tmp_path / "x", {"XML:com.adobe.xmp": bomb})
     assert read_found(tmp_path / "x").tool is None
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, cut, doubled or exchanged for ones that mean something."""
-    broken = bytearray(data)
-    for _ in range(rng.randint(1, 6)):
-        at = rng.randrange(len(broken))
-        kind = rng.randrange(5)
-        if kind == 0:
-            broken[at] = rng.randrange(256)
-        elif kind == 1:
-            del broken[at : at + rng.randrange(1, 40)]
-        elif kind == 2:
-            broken[at:at] = broken[at : at + rng.randrange(1, 40)]
-        elif kind == 3:
-            broken[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"{[{[", b'"\\u0'])
-        else:
-            broken[at:at] = rng.choice([b",", b":", b'"', b"\0", b"(", b"NaN", b"1e999", b"<lora:", b"\\"])
-        broken = broken or bytearray(b"x")
-    return bytes(broken)
 
 
 def fuzz(folder: Path, runs: int, seed: int) -> int:

@@ -1,0 +1,84 @@
+"""Copies that fit: format, size, what is kept and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from foreign_files import KSAMPLER, png
+from PIL import Image
+from samples import make_recipe
+
+from fluxsplit.cli_export import run_export
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.export import export_picture
+from fluxsplit.found import read_found
+from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks, read_png_text, read_record
+from fluxsplit.recipe import WeightsStamp
+
+
+def ours(path: Path) -> bytes:
+    pixels = bytes(range(256)) * 6
+    record = ImageRecord(make_recipe(), "ab" * 32, WeightsStamp("ae"))
+    path.write_bytes(encode_png(pixels, 32, 16, png_text_chunks(record)))
+    return pixels
+
+
+def test_civitai_keeps_pixels_and_recipe(tmp_path: Path) -> None:
+    pixels = ours(tmp_path / "x.png")
+    (copy,) = export_picture(tmp_path / "x.png", "civitai", tmp_path / "out")
+    with Image.open(copy) as image:
+        assert (copy.name, image.format, image.tobytes()) == ("x-civitai.png", "PNG", pixels)
+    assert read_record(copy) == read_record(tmp_path / "x.png")
+    assert any(line.startswith("Steps: ") for line in read_png_text(copy)["parameters"].splitlines())
+    assert "trainedAlgorithmicMedia" in read_png_text(copy)["XML:com.adobe.xmp"]
+
+
+def test_civitai_gets_parameters_of_other_tools(tmp_path: Path) -> None:
+    import json
+
+    png(tmp_path / "x.png", {"prompt": json.dumps(KSAMPLER)})
+    (copy,) = export_picture(tmp_path / "x.png", "civitai", tmp_path, ai_mark=False)
+    texts = read_png_text(copy)
+    assert set(texts) == {"parameters"}
+    assert texts["parameters"].startswith("a fox\nNegative prompt: blurry\nSteps: 4, Sampler: DPM++ 2M")
+    assert read_found(copy).seed == 7
+
+
+@pytest.mark.parametrize(("target", "form"), [("pixelfed", "JPEG"), ("web", "WEBP")])
+def test_others_get_no_recipe(target: str, form: str, tmp_path: Path) -> None:
+    ours(tmp_path / "x.png")
+    copies = export_picture(tmp_path / "x.png", target, tmp_path / "out")
+    with Image.open(copies[0]) as image:
+        assert (image.format, image.size) == (form, (32, 16))
+    data = copies[0].read_bytes()
+    assert b"fox" not in data
+    assert b"Steps" not in data
+    assert b"trainedAlgorithmicMedia" in data
+    assert [copy.read_text() for copy in copies[1:]] == (["a fox, snow"] if target == "pixelfed" else [])
+
+
+def test_large_pictures_shrink_and_alpha_goes_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (5000, 100), (255, 0, 0, 0)).save(tmp_path / "x.png")
+    (copy,) = export_picture(tmp_path / "x.png", "pixelfed", tmp_path)
+    with Image.open(copy) as image:
+        assert image.size == (4096, 82)
+        assert image.getpixel((5, 5)) == (255, 255, 255)
+    (copy,) = export_picture(tmp_path / "x.png", "web", tmp_path)
+    with Image.open(copy) as image:
+        assert (image.size, image.mode) == ((2048, 41), "RGBA")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours(tmp_path / "x.png")
+    (tmp_path / "bad.png").write_bytes(b"hello")
+    files = [str(tmp_path / name) for name in ("bad.png", "x.png")]
+    assert run_export(files, "web", str(tmp_path / "out"), True) == 1
+    assert run_export(files[1:], "web", str(tmp_path / "out"), True) == 0
+    printed = capsys.readouterr()
+    assert printed.out.split() == [str(tmp_path / "out" / name) for name in ("x-web.webp", "x-web-2.webp")]
+    assert "bad.png" in printed.err
+    with pytest.raises(UsageError, match="for"):
+        run_export(files, "print", str(tmp_path), True)
+    with pytest.raises(FluxsplitError):
+        run_export(files[:1], "web", str(tmp_path), True)
