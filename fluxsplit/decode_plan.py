@@ -1,0 +1,305 @@
+"""How a VAE goes over a picture in strips: its passes in order, where activations live, and the peak of memory.
+
+A VAE is a list of passes. Each reads one stored activation ("plane") row by row and writes another, so that only
+planes and one strip's work are ever in memory, never a layer's temporaries at full size. A plane that is read for the
+last time gives its rows back while the next one grows. That makes the peak a sum that is known before anything is
+decoded: two planes of the first width at the picture's size, and a strip.
+
+`passes_of_decoder` and `passes_of_encoder` are what `strips` carries out and what `plan_vae` adds up: one list for
+both, so that the plan cannot describe another computation than the one that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+from fluxsplit.errors import OutOfMemory
+
+HOMES = ("device", "ram", "disk")
+"""Where planes may live, best first; `device` is RAM too where the device is the CPU."""
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FACTOR = 8
+"""Pixels of a picture for one of its latent, each way, in a VAE of four widths."""
+BLOCK_BYTES = 34 << 20
+"""Planes come in blocks of rows. Over 32 MiB glibc gives each its own mapping, which freeing hands back at once."""
+CPU_STRIP_BYTES = 6 << 20
+"""A strip in fp32: small enough for the last-level cache, large enough that its overhead does not count."""
+MAX_STRIP_BYTES = 256 << 20
+MIN_STRIP_BYTES = 1 << 20
+ALLOCATOR_BYTES = 24 << 20
+"""What the allocator and oneDNN keep between strips; measured by scripts/bench_decode.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class VaeShape:
+    """What the sizes of a VAE's layers follow from; the defaults are FLUX.1's."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels by level, the picture's own resolution first."""
+    blocks: int = 2
+    """Residual blocks for each level of the encoder; the decoder has one more."""
+    groups: int = 32
+    attention: bool = True
+    latent_channels: int = 16
+
+    @property
+    def factor(self) -> int:
+        """Pixels for one latent, each way."""
+        return int(2 ** (len(self.widths) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One walk over a plane: normalise and activate, convolve, write or add."""
+
+    kind: str
+    """`conv` 3x3; `up` nearest 2x and 3x3; `down` 3x3 with stride 2; `attention`."""
+    weights: str
+    """Name of the layer in diffusers' vocabulary."""
+    source: str
+    target: str
+    inputs: int
+    outputs: int
+    height: int
+    """Rows of the source."""
+    width: int
+    norm: str = ""
+    """GroupNorm and SiLU before the convolution (GroupNorm alone before the attention); empty for none."""
+    adds: bool = False
+    """The result is added to what the target holds: the end of a residual block."""
+    shortcut: str = ""
+    """A 1x1 convolution of the source, whose result the plane `x` holds afterwards."""
+    last_use: bool = False
+    """Nobody reads the source again, so that its rows are given back on the way."""
+    measured: bool = False
+    """Whoever reads the target next normalises it, so that its statistics are taken while it is written."""
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the target."""
+        return {"up": self.height * 2, "down": self.height // 2}.get(self.kind, self.height)
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the target."""
+        return {"up": self.width * 2, "down": self.width // 2}.get(self.kind, self.width)
+
+    @property
+    def operations(self) -> float:
+        """Multiplications, for the progress bar."""
+        if self.kind == "attention":
+            return (4.0 * self.inputs + 2.0 * self.height * self.width) * self.inputs * self.height * self.width
+        taps = {"up": 4, "conv": 9, "down": 9}[self.kind]
+        each = self.inputs * self.outputs * (taps + bool(self.shortcut))
+        return float(each * self.out_height * self.out_width)
+
+
+@dataclass(frozen=True, slots=True)
+class VaePlan:
+    """How one picture is decoded or encoded."""
+
+    dtype: str
+    home: str
+    """Where planes live: one of `HOMES`."""
+    strip_bytes: int
+    """Upper bound for a strip's rows, counted in fp32."""
+    work_bytes: int
+    """On the device, beside the planes: strips, weights of one layer, the allocator's own."""
+    planes_bytes: int
+    """Planes at their largest, wherever they live."""
+
+    @property
+    def device_bytes(self) -> int:
+        """The predicted peak on the device."""
+        return self.work_bytes + (self.planes_bytes if self.home == "device" else 0)
+
+    def text(self) -> str:
+        """For people: where and how much."""
+        place = {"device": "on the device", "ram": "in RAM", "disk": "in a file"}[self.home]
+        return f"{self.dtype}, {self.work_bytes / 1e9:.2f} GB of work, {self.planes_bytes / 1e9:.2f} GB {place}"
+
+
+def passes_of_decoder(shape: VaeShape, height: int, width: int) -> tuple[Pass, ...]:
+    """The decoder's passes, from the plane `latents` [height, width, 16] to `image` (diffusers `vae.py`, Decoder)."""
+    widest = shape.widths[-1]
+    first = Pass("conv", "decoder.conv_in", "latents", "x", shape.latent_channels, widest, height, width)
+    passes = [replace(first, last_use=True), *_mid(shape, "decoder", height, width)]
+    inputs = widest
+    for level, channels in enumerate(reversed(shape.widths)):
+        block = f"decoder.up_blocks.{level}"
+        for i in range(shape.blocks + 1):
+            passes += _resnet(f"{block}.resnets.{i}", inputs, channels, height, width)
+            inputs = channels
+        if level < len(shape.widths) - 1:
+            name = f"{block}.upsamplers.0.conv"
+            passes.append(Pass("up", name, "x", "x", channels, channels, height, width, last_use=True))
+            height, width = 2 * height, 2 * width
+    last = Pass("conv", "decoder.conv_out", "x", "image", inputs, 3, height, width, "decoder.conv_norm_out")
+    return _with_measures([*passes, replace(last, last_use=True)])
+
+
+def passes_of_encoder(shape: VaeShape, height: int, width: int) -> tuple[Pass, ...]:
+    """The encoder's passes, from the plane `image` [height, width, 3] to `moments` (diffusers `vae.py`, Encoder)."""
+    inputs = shape.widths[0]
+    first = Pass("conv", "encoder.conv_in", "image", "x", 3, inputs, height, width)
+    passes = [replace(first, last_use=True)]
+    for level, channels in enumerate(shape.widths):
+        block = f"encoder.down_blocks.{level}"
+        for i in range(shape.blocks):
+            passes += _resnet(f"{block}.resnets.{i}", inputs, channels, height, width)
+            inputs = channels
+        if level < len(shape.widths) - 1:
+            name = f"{block}.downsamplers.0.conv"
+            passes.append(Pass("down", name, "x", "x", channels, channels, height, width, last_use=True))
+            height, width = height // 2, width // 2
+    moments = 2 * shape.latent_channels
+    last = Pass("conv", "encoder.conv_out", "x", "moments", inputs, moments, height, width, "encoder.conv_norm_out")
+    return _with_measures([*passes, *_mid(shape, "encoder", height, width), replace(last, last_use=True)])
+
+
+def _mid(shape: VaeShape, side: str, height: int, width: int) -> Iterator[Pass]:
+    """The middle: a residual block, the attention if there is one, a residual block."""
+    channels = shape.widths[-1]
+    yield from _resnet(f"{side}.mid_block.resnets.0", channels, channels, height, width)
+    if shape.attention:
+        name = f"{side}.mid_block.attentions.0"
+        norm = f"{name}.group_norm"
+        yield Pass("attention", name, "x", "x", channels, channels, height, width, norm, adds=True)
+    yield from _resnet(f"{side}.mid_block.resnets.1", channels, channels, height, width)
+
+
+def _resnet(name: str, inputs: int, outputs: int, height: int, width: int) -> tuple[Pass, Pass]:
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1x1 convolution where the width changes."""
+    shortcut = "" if inputs == outputs else f"{name}.conv_shortcut"
+    first = Pass("conv", f"{name}.conv1", "x", "h", inputs, outputs, height, width, f"{name}.norm1")
+    second = Pass("conv", f"{name}.conv2", "h", "x", outputs, outputs, height, width, f"{name}.norm2", adds=True)
+    return replace(first, shortcut=shortcut, last_use=bool(shortcut)), replace(second, last_use=True)
+
+
+def _with_measures(passes: list[Pass]) -> tuple[Pass, ...]:
+    """Mark the passes whose result is normalised by whoever reads it next."""
+    marked = []
+    for i, one in enumerate(passes):
+        readers = (later for later in passes[i + 1 :] if later.source == one.target)
+        marked.append(replace(one, measured=bool(reader.norm) if (reader := next(readers, None)) else False))
+    return tuple(marked)
+
+
+def parameter_shapes(passes: Iterable[Pass]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter that the passes use."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for one in passes:
+        layers: dict[str, tuple[int, ...]] = {one.norm: (one.inputs,)}
+        if one.kind == "attention":
+            parts = ("to_q", "to_k", "to_v", "to_out.0")
+            layers |= {f"{one.weights}.{part}": (one.outputs, one.inputs) for part in parts}
+        else:
+            layers[one.weights] = (one.outputs, one.inputs, 3, 3)
+            layers[one.shortcut] = (one.outputs, one.inputs, 1, 1)
+        for layer, shape in layers.items():
+            if layer:
+                shapes |= {f"{layer}.weight": shape, f"{layer}.bias": shape[:1]}
+    return shapes
+
+
+def strip_rows(one: Pass, strip_bytes: int) -> int:
+    """Rows of the target (of the source for `up`) in a strip, all strips of a pass being about equally high."""
+    across = max(one.inputs * one.width, one.outputs * one.out_width)
+    across *= {"up": 2, "down": 2}.get(one.kind, 1)
+    height = one.height if one.kind == "up" else one.out_height
+    most = max(1, min(height, strip_bytes // (4 * across)))
+    return ceil(height / ceil(height / most))
+
+
+def attention_tokens(tokens: int, strip_bytes: int) -> tuple[int, int]:
+    """How many queries and how many keys meet in one product: all keys, where their scores fit a strip."""
+    scores = max(4096, strip_bytes // 2)  # fp32 scores of twice a strip
+    queries = min(tokens, max(64, min(2048, scores // tokens)))
+    return queries, min(tokens, max(64, scores // queries))
+
+
+def block_rows(row_bytes: int) -> int:
+    """Rows in a block of a plane."""
+    return max(1, ceil(BLOCK_BYTES / row_bytes))
+
+
+def planes_peak(passes: Iterable[Pass], item_bytes: int) -> int:
+    """Bytes of all planes at the worst moment, with the rows given back on the way."""
+    alive: dict[str, int] = {}
+    peak = 0
+    for one in passes:
+        held = one.height * one.width * one.inputs * item_bytes
+        made = one.out_height * one.out_width * one.outputs * item_bytes
+        rest = sum(size for name, size in alive.items() if name not in (one.source, one.target))
+        slack = min(held, 2 * BLOCK_BYTES) if one.last_use else 0
+        if one.kind == "attention":
+            peak = max(peak, rest + 3 * made)
+        elif one.adds:
+            peak = max(peak, rest + made + held)
+        else:
+            made_here = made * (2 if one.shortcut else 1)
+            peak = max(peak, rest + (max(held, made_here) + slack if one.last_use else held + made_here))
+        if one.last_use:
+            alive.pop(one.source, None)
+        alive[one.target] = made
+        if one.shortcut:
+            alive["x"] = made
+    return peak
+
+
+def work_peak(passes: Iterable[Pass], strip_bytes: int, item_bytes: int) -> int:
+    """Bytes that the most demanding pass has in hand beside planes: window, result, statistics, weights."""
+    return max(_work(one, strip_bytes, item_bytes) for one in passes) + ALLOCATOR_BYTES
+
+
+def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
+    if one.kind == "attention":
+        tokens = one.height * one.width
+        queries, keys = attention_tokens(tokens, strip_bytes)
+        return 4 * (queries * keys * 2 + 4 * queries * one.inputs + 4 * one.inputs**2)
+    rows = strip_rows(one, strip_bytes)
+    window_rows = {"up": rows + 2, "down": 2 * rows + 1}.get(one.kind, rows + 2)
+    out_rows = 2 * rows if one.kind == "up" else rows
+    window = window_rows * one.width * one.inputs
+    out = out_rows * one.out_width * one.outputs
+    kernel = one.inputs * one.outputs * (16 if one.kind == "up" else 9)
+    widened = 4 * window if item_bytes == 2 and one.norm else 0
+    results = out * item_bytes * (2 if one.kind == "up" or one.shortcut else 1)
+    return window * item_bytes + max(widened, results + 4 * out) + 3 * kernel * item_bytes
+
+
+def plan_vae(
+    passes: tuple[Pass, ...], dtype: str, budget_bytes: int, *, on_cpu: bool, ram_bytes: int | None = None, smaller: int = 0
+) -> VaePlan:
+    """The plan for passes in `dtype` within `budget_bytes` of the device.
+
+    Planes stay on the device where they fit, else go to RAM (`ram_bytes` free of it), else to a file. On a CPU device
+    and RAM are one. `smaller` asks for the n-th next smaller plan, after one ran out of memory. Raises OutOfMemory
+    where not even the smallest strips fit.
+    """
+    item = DTYPE_BYTES[dtype]
+    planes = planes_peak(passes, item)
+    homes = [home for home in HOMES if not (on_cpu and home == "ram")]
+    for home in homes[min(smaller, len(homes) - 1) :]:
+        strip = _strip_bytes(budget_bytes, on_cpu, smaller)
+        left = budget_bytes - (planes if home == "device" else 0)
+        while (work := work_peak(passes, strip, item)) > left and strip > MIN_STRIP_BYTES:
+            strip //= 2
+        fits_ram = home != "ram" or ram_bytes is None or planes + work <= ram_bytes
+        if work <= left and fits_ram:
+            return VaePlan(dtype, home, strip, work, planes)
+    least = work_peak(passes, MIN_STRIP_BYTES, item)
+    size = f"{passes[-1].out_width}x{passes[-1].out_height}"
+    raise OutOfMemory(
+        f"the VAE needs {least / 1e9:.2f} GB for {size} in {dtype} even in the smallest strips, "
+        f"and {budget_bytes / 1e9:.2f} GB may be used",
+        "give --vram more, or use --device cpu",
+    )
+
+
+def _strip_bytes(budget_bytes: int, on_cpu: bool, smaller: int) -> int:
+    wanted = CPU_STRIP_BYTES if on_cpu else max(MIN_STRIP_BYTES, min(MAX_STRIP_BYTES, budget_bytes // 16))
+    return max(MIN_STRIP_BYTES, wanted >> smaller)
+

@@ -1,0 +1,88 @@
+"""Planes: the stored activations of a VAE, [height, width, channels], in blocks of rows on the device, in RAM or in a file.
+
+Channels last, so that any run of rows is one piece of memory. Blocks are made when first written and dropped when
+their last row has been read; a dropped block's memory goes back at once. On disk each block is a file that has no name
+any more when it is used: it ends with the process, however that ends, and what was never written to the disk by then
+never is.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fluxsplit.decode_plan import block_rows
+from fluxsplit.errors import FluxsplitError
+
+
+class Plane:
+    """An activation [height, width, channels]; rows are written once or added to, in order."""
+
+    def __init__(
+        self, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, home: str, folder: str = ""
+    ) -> None:
+        """`home` is one of `decode_plan.HOMES`; `folder` is where its files are made for `disk`."""
+        self.height, self.width, self.channels = size
+        self.dtype = dtype
+        self._device = device if home == "device" else torch.device("cpu")
+        self._folder = folder if home == "disk" else None
+        row_bytes = self.width * self.channels * dtype.itemsize
+        self._block_rows = min(self.height, block_rows(row_bytes))
+        self._blocks: dict[int, torch.Tensor] = {}
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Rows start..stop as views [n, width, channels], each with its first row's number, in order."""
+        while start < stop:
+            number, offset = divmod(start, self._block_rows)
+            count = min(stop - start, self._block_rows - offset)
+            yield start, self._block(number)[offset : offset + count]
+            start += count
+
+    def release(self, before: int) -> None:
+        """Give back the blocks that lie wholly before a row."""
+        for number in [n for n in self._blocks if (n + 1) * self._block_rows <= before]:
+            del self._blocks[number]
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._blocks.clear()
+
+    def _block(self, number: int) -> torch.Tensor:
+        if number not in self._blocks:
+            rows = min(self._block_rows, self.height - number * self._block_rows)
+            size = (rows, self.width, self.channels)
+            if self._folder is None:
+                self._blocks[number] = torch.empty(size, dtype=self.dtype, device=self._device)
+            else:
+                self._blocks[number] = _on_disk(size, self.dtype, self._folder)
+        return self._blocks[number]
+
+
+def _on_disk(size: tuple[int, ...], dtype: torch.dtype, folder: str) -> torch.Tensor:
+    """A tensor in a file without a name; its space is reserved here, so that a full disk is an error and not SIGBUS."""
+    count = int(torch.Size(size).numel()) * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder or None) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, count)
+            else:
+                file.truncate(count)
+            mapped = mmap.mmap(file.fileno(), count)
+    except OSError as error:
+        place = folder or tempfile.gettempdir()
+        raise FluxsplitError(
+            f"cannot keep activations in {place}: {error.strerror}", "free some space, or set TMPDIR to another folder"
+        ) from error
+    return torch.frombuffer(mapped, dtype=dtype).view(size)
+
+
+def spill_folder(environment: dict[str, str] | os._Environ[str]) -> str:
+    """Where spill files go: TMPDIR if set, else /var/tmp, which unlike /tmp is a disk everywhere, else the system's."""
+    if environment.get("TMPDIR"):
+        return environment["TMPDIR"]
+    return "/var/tmp" if os.name == "posix" and Path("/var/tmp").is_dir() else tempfile.gettempdir()

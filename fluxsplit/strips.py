@@ -1,0 +1,354 @@
+"""A VAE's passes carried out strip by strip: the picture that the whole network gives, to rounding.
+
+A 3x3 convolution needs one row above and one below a strip. The rows it shares with the next strip stay in the window,
+normalised and activated already, so that nothing is computed twice.
+
+A GroupNorm needs the mean and variance of the whole plane. They are gathered while the plane is written: each row's by
+two passes in fp32 while it is in the cache, rows and strips merged in fp64 (Chan, Golub and LeVeque 1979). Tiles, which
+normalise each by its own statistics, are what makes tiled decoding drift in tone; strips do not.
+
+Nearest-neighbour enlargement followed by a 3x3 convolution only ever sees 2x2 different pixels, so that it is four 2x2
+convolutions of the small plane, one for each parity of row and column, whose weights are sums of the 3x3's: 4 instead
+of 9 products for each output. The two parities of a column share one call.
+
+Attention over the middle plane (one head as wide as the plane, 512 in FLUX.1's) is products and a softmax over chunks
+of queries and, where all keys' scores would be too large, blocks of keys merged by running maximum and sum (Milakov and
+Gimelshein, arXiv 1805.02867). Fused kernels are never used: they refuse a head of 512 or are wrong on some AMD builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, strip_rows
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.planes import Plane
+
+EPSILON = 1e-6
+"""Of every GroupNorm in the VAE (diffusers `vae.py`)."""
+
+Layer = Callable[[str], torch.Tensor]
+Sink = Callable[[int, torch.Tensor], None]
+
+
+class NotFinite(FluxsplitError):
+    """An activation is NaN or infinite: 16 bits were not enough, or the latents are not of this VAE."""
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of each channel, over all rows seen so far, in fp64."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self._count = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._squares = torch.zeros_like(self._mean)
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Take in rows [n, W, C]."""
+        wide = rows.float()
+        means = wide.mean(1, keepdim=True)  # [n, 1, C]
+        deviations = torch.sub(wide, means) if wide is rows else wide.sub_(means)
+        squares = deviations.mul_(deviations).sum(1).double()  # [n, C]
+        means = means[:, 0].double()
+        mean = means.mean(0)
+        self._merge(rows.shape[0] * rows.shape[1], mean, squares.sum(0) + rows.shape[1] * (means - mean).square().sum(0))
+
+    def _merge(self, count: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
+        total = self._count + count
+        delta = mean - self._mean
+        self._mean = self._mean + delta * (count / total)
+        self._squares = self._squares + squares + delta.square() * (self._count * count / total)
+        self._count = total
+
+    def affine(self, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift [C] in fp32, such that GroupNorm is x * scale + shift; raises NotFinite."""
+        means = self._mean.view(groups, -1)
+        mean = means.mean(1, keepdim=True)
+        squares = self._squares.view(groups, -1).sum(1) + self._count * (means - mean).square().sum(1)
+        variance = squares / (self._count * means.shape[1])
+        if not bool(variance.isfinite().all()):
+            raise NotFinite("the VAE's activations are NaN or infinite")
+        scale = weight.double() * (variance + EPSILON).rsqrt().repeat_interleave(means.shape[1])
+        shift = bias.double() - scale * mean.expand_as(means).reshape(-1)
+        return scale.float(), shift.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A GroupNorm whose statistics are known."""
+
+    scale: torch.Tensor
+    """fp32 [C]."""
+    shift: torch.Tensor
+    activated: bool = True
+    """Whether SiLU follows."""
+
+    def into(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """Write silu(rows * scale + shift) to `out`; computed in fp32, rounded once."""
+        wide = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+        if rows.dtype != torch.float32 or rows.device != wide.device:
+            rows = wide.copy_(rows)
+        torch.addcmul(self.shift, rows, self.scale, out=wide)
+        if self.activated:
+            F.silu(wide, inplace=True)
+        if wide is not out:
+            out.copy_(wide)
+
+
+class Window:
+    """The rows of a plane that a strip needs, normalised, with zeros round the picture; slides downwards."""
+
+    def __init__(self, plane: Plane, rows: int, dtype: torch.dtype, device: torch.device, affine: Affine | None) -> None:
+        self._plane, self._affine = plane, affine
+        self._buffer = torch.empty((rows, plane.width, plane.channels), dtype=dtype, device=device)
+        self._start = self._stop = -1
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop [n, W, C]; those outside the picture are zero. `start` may not go back."""
+        kept = max(0, self._stop - start)
+        moved = start - self._start
+        for i in range(kept if moved else 0):  # one by one, since they may overlap
+            self._buffer[i].copy_(self._buffer[i + moved])
+        self._fill(start, start + kept, stop)
+        self._start, self._stop = start, stop
+        return self._buffer[: stop - start]
+
+    def _fill(self, start: int, at: int, stop: int) -> None:
+        first, last = max(at, 0), min(stop, self._plane.height)
+        self._buffer[at - start : first - start].zero_()
+        for row, piece in self._plane.pieces(first, last):
+            out = self._buffer[row - start : row - start + len(piece)]
+            if self._affine is None:
+                out.copy_(piece)
+            else:
+                self._affine.into(piece, out)
+        self._buffer[last - start : stop - start].zero_()
+
+
+class Strips:
+    """Carries out passes over named planes."""
+
+    def __init__(self, plan: VaePlan, dtype: torch.dtype, device: torch.device, groups: int, layer: Layer, folder: str):
+        """`layer` gives a parameter by name, in the dtype and on the device; `folder` is for planes on disk."""
+        self._plan, self._dtype, self._device, self._groups = plan, dtype, device, groups
+        self._layer, self._folder = layer, folder
+        self.planes: dict[str, Plane] = {}
+        self._moments: dict[str, Moments] = {}
+
+    def run(self, passes: tuple[Pass, ...], sink: Sink, advance: Callable[[float], None]) -> None:
+        """Carry out all passes; the last one's rows [n, W, C] go to `sink` with their first row's number.
+
+        `advance` is told the share of the work that is done. Raises NotFinite.
+        """
+        total = sum(one.operations for one in passes)
+        done = 0.0
+        for one in passes:
+            carry_out = {"conv": self._conv, "up": self._up, "down": self._down, "attention": self._attention}[one.kind]
+            target = _Target(self, one, sink if one is passes[-1] else None)
+            for share in carry_out(one, target):
+                advance((done + share * one.operations) / total)
+            target.finish()
+            done += one.operations
+        advance(1.0)
+
+    def plane(self, height: int, width: int, channels: int) -> Plane:
+        """A new plane where the plan wants it."""
+        return Plane((height, width, channels), self._dtype, self._device, self._plan.home, self._folder)
+
+    def moments(self, channels: int) -> Moments:
+        """New statistics."""
+        return Moments(channels, self._device)
+
+    def take(self, name: str, plane: Plane, moments: Moments | None) -> None:
+        """Put a plane in a name's place."""
+        self.planes[name] = plane
+        if moments is not None:
+            self._moments[name] = moments
+
+    def _window(self, one: Pass, rows: int) -> Window:
+        return Window(self.planes[one.source], rows, self._dtype, self._device, self._affine(one))
+
+    def _affine(self, one: Pass) -> Affine | None:
+        if not one.norm:
+            return None
+        weight, bias = self._layer(f"{one.norm}.weight"), self._layer(f"{one.norm}.bias")
+        scale, shift = self._moments[one.source].affine(weight, bias, self._groups)
+        return Affine(scale, shift, activated=one.kind != "attention")
+
+    def _conv(self, one: Pass, target: _Target) -> Iterator[float]:
+        source, rows = self.planes[one.source], strip_rows(one, self._plan.strip_bytes)
+        window = self._window(one, rows + 2)
+        weight, bias = self._kernel(one.weights), self._layer(f"{one.weights}.bias")
+        straight = (self._kernel(one.shortcut), self._layer(f"{one.shortcut}.bias")) if one.shortcut else None
+        for start in range(0, one.height, rows):
+            stop = min(start + rows, one.height)
+            if straight is not None:
+                for row, piece in source.pieces(start, stop):
+                    target.shortcut(row, convolve(piece.to(self._device), *straight))
+            target.put(start, convolve(window.rows(start - 1, stop + 1), weight, bias, padding=(0, 1)))
+            if one.last_use:
+                source.release(stop)
+            yield stop / one.height
+
+    def _up(self, one: Pass, target: _Target) -> Iterator[float]:
+        source, rows = self.planes[one.source], strip_rows(one, self._plan.strip_bytes)
+        window = self._window(one, rows + 2)
+        bias = self._layer(f"{one.weights}.bias").repeat(2)
+        above, below = (self._channels_last(half) for half in phase_kernels(self._layer(f"{one.weights}.weight")))
+        for start in range(0, one.height, rows):
+            stop = min(start + rows, one.height)
+            near = window.rows(start - 1, stop + 1)
+            out = near.new_empty((2 * (stop - start), 2 * one.width, one.outputs))
+            for parity, weight in enumerate((above, below)):
+                both = convolve(near[parity : parity + stop - start + 1], weight, bias, padding=(0, 1))
+                out[parity::2, 0::2].copy_(both[:, :-1, : one.outputs])
+                out[parity::2, 1::2].copy_(both[:, 1:, one.outputs :])
+                del both
+            target.put(2 * start, out)
+            source.release(stop - 1)
+            yield stop / one.height
+
+    def _down(self, one: Pass, target: _Target) -> Iterator[float]:
+        """Stride 2 with a column of zeros at the right and a row at the bottom, none at the left and the top."""
+        source, rows = self.planes[one.source], strip_rows(one, self._plan.strip_bytes)
+        window = self._window(one, 2 * rows + 1)
+        weight, bias = self._kernel(one.weights), self._layer(f"{one.weights}.bias")
+        for start in range(0, one.out_height, rows):
+            stop = min(start + rows, one.out_height)
+            near = F.pad(window.rows(2 * start, 2 * stop + 1), (0, 0, 0, 1))  # [n, W + 1, C]
+            target.put(start, convolve(near, weight, bias, stride=2))
+            source.release(2 * stop)
+            yield stop / one.out_height
+
+    def _attention(self, one: Pass, target: _Target) -> Iterator[float]:
+        """x + out(softmax(q k^T / sqrt(C)) v), q, k and v being linear in the normalised x (diffusers `Attention`)."""
+        affine = self._affine(one)
+        assert affine is not None
+        queries, keys = (max(1, n // one.width) for n in attention_tokens(one.height * one.width, self._plan.strip_bytes))
+        projected = [self.plane(one.height, one.width, one.inputs) for _ in range(2)]
+        for start in range(0, one.height, queries):
+            stop = min(start + queries, one.height)
+            tokens = self._tokens(one, affine, start, stop)
+            for plane, name in zip(projected, ("to_k", "to_v"), strict=True):
+                _write(plane, start, self._linear(one, name, tokens).view(stop - start, one.width, -1))
+        for start in range(0, one.height, queries):
+            stop = min(start + queries, one.height)
+            query = self._linear(one, "to_q", self._tokens(one, affine, start, stop)).float() * one.inputs**-0.5
+            seen = self._attend(query, projected[0], projected[1], keys)
+            target.put(start, self._linear(one, "to_out.0", seen.to(self._dtype)).view(stop - start, one.width, -1))
+            yield stop / one.height
+
+    def _tokens(self, one: Pass, affine: Affine, start: int, stop: int) -> torch.Tensor:
+        rows = torch.empty((stop - start, one.width, one.inputs), dtype=self._dtype, device=self._device)
+        for row, piece in self.planes[one.source].pieces(start, stop):
+            affine.into(piece, rows[row - start : row - start + len(piece)])
+        return rows.view(-1, one.inputs)
+
+    def _linear(self, one: Pass, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        weight = self._layer(f"{one.weights}.{name}.weight").view(one.outputs, one.inputs)
+        return F.linear(tokens, weight, self._layer(f"{one.weights}.{name}.bias"))
+
+    def _attend(self, query: torch.Tensor, keys: Plane, values: Plane, rows: int) -> torch.Tensor:
+        """Weighted means of values [n, C] in fp32 for queries [n, C] that are scaled already."""
+        highest = query.new_full((len(query), 1), -torch.inf)
+        total = torch.zeros_like(highest)
+        gathered = torch.zeros_like(query)
+        for start in range(0, keys.height, rows):
+            stop = min(start + rows, keys.height)
+            for (_, key), (_, value) in zip(keys.pieces(start, stop), values.pieces(start, stop), strict=True):
+                scores = query @ key.to(self._device).reshape(-1, keys.channels).float().T  # [n, keys]
+                higher = torch.maximum(highest, scores.amax(1, keepdim=True))
+                shares = scores.sub_(higher).exp_()
+                fade = (highest - higher).exp_()
+                total.mul_(fade).add_(shares.sum(1, keepdim=True))
+                gathered.mul_(fade).addmm_(shares, value.to(self._device).reshape(-1, keys.channels).float())
+                highest = higher
+        return gathered.div_(total)
+
+    def _kernel(self, layer: str) -> torch.Tensor:
+        return self._channels_last(self._layer(f"{layer}.weight"))
+
+    def _channels_last(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if torch.version.hip else weight.contiguous(memory_format=torch.channels_last)
+
+
+class _Target:
+    """Where a pass's rows go: a new plane, one that they are added to, or the sink."""
+
+    def __init__(self, strips: Strips, one: Pass, sink: Sink | None) -> None:
+        self._strips, self._one, self._sink = strips, one, sink
+        self._made: Plane | None = None
+        self._short: Plane | None = None
+        if sink is None:
+            size = (one.out_height, one.out_width, one.outputs)
+            self._made = strips.planes[one.target] if one.adds else strips.plane(*size)
+            self._short = strips.plane(*size) if one.shortcut else None
+        self._moments = strips.moments(one.outputs) if one.measured else None
+
+    def put(self, start: int, rows: torch.Tensor) -> None:
+        """Rows from `start` on, in order; `rows` may be changed."""
+        if self._sink is not None:
+            self._sink(start, rows)
+            return
+        assert self._made is not None
+        for row, piece in self._made.pieces(start, start + len(rows)):
+            part = rows[row - start : row - start + len(piece)]
+            if self._one.adds:
+                part.add_(piece.to(part.device))
+            piece.copy_(part)
+            if self._moments is not None:
+                self._moments.update(part)
+
+    def shortcut(self, start: int, rows: torch.Tensor) -> None:
+        """Rows that the residual is added to later."""
+        assert self._short is not None
+        _write(self._short, start, rows)
+
+    def finish(self) -> None:
+        """The source gives back what is left of it, and the planes get their names."""
+        if self._one.last_use:
+            self._strips.planes.pop(self._one.source).close()
+        if self._made is not None:
+            self._strips.take(self._one.target, self._made, self._moments)
+        if self._short is not None:
+            self._strips.take("x", self._short, None)
+
+
+def _write(plane: Plane, start: int, rows: torch.Tensor) -> None:
+    for row, piece in plane.pieces(start, start + len(rows)):
+        piece.copy_(rows[row - start : row - start + len(piece)])
+
+
+def convolve(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, int] = (0, 0), stride: int = 1
+) -> torch.Tensor:
+    """Rows [n, W, C] → [n', W', O].
+
+    Channels last all the way, except on HIP: MIOpen has no good kernels for it on RDNA2, so rows are laid out as
+    [C, n, W] for the call there.
+    """
+    planar = rows.permute(2, 0, 1)[None]  # [1, C, n, W]
+    if torch.version.hip:
+        planar = planar.contiguous()
+    return F.conv2d(planar, weight, bias, stride=stride, padding=padding)[0].permute(1, 2, 0)
+
+
+def phase_kernels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A 3x3 kernel [O, C, 3, 3] after nearest-2x as 2x2 kernels [2 O, C, 2, 2], for even and for odd rows.
+
+    The first half of the outputs is for even columns. Even rows see rows (i - 1, i, i) of the small plane, odd ones
+    (i, i, i + 1); columns likewise. Summed in fp32.
+    """
+    wide = weight.float()
+    rows = (torch.stack((wide[:, :, 0], wide[:, :, 1] + wide[:, :, 2]), 2),
+            torch.stack((wide[:, :, 0] + wide[:, :, 1], wide[:, :, 2]), 2))  # fmt: skip
+    halves = []
+    for half in rows:  # [O, C, 2, 3]
+        even = torch.stack((half[..., 0], half[..., 1] + half[..., 2]), 3)
+        odd = torch.stack((half[..., 0] + half[..., 1], half[..., 2]), 3)
+        halves.append(torch.cat((even, odd)).to(weight.dtype))
+    return halves[0], halves[1]
