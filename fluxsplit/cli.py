@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -18,6 +19,7 @@ from fluxsplit.cli_options import (
     FILES,
     MACHINE,
     OUTPUT,
+    PICTURE,
     Cache,
     Cfg,
     Clip,
@@ -57,9 +59,13 @@ from fluxsplit.cli_options import (
     Upscale,
     UpscaleTo,
     Vae,
+    VaeDtype,
     Vram,
 )
 from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
+
+if TYPE_CHECKING:
+    from fluxsplit.progress import Progress
 
 app = typer.Typer(
     name="fluxsplit",
@@ -107,6 +113,10 @@ DECODE_EXAMPLES = """Examples:
 PEEK_EXAMPLES = """Examples:
   fluxsplit peek latents
   fluxsplit peek latents/*.pt --decoder linear --out previews
+"""
+ENCODE_EXAMPLES = """Examples:
+  fluxsplit encode photo.jpg --vae ae.safetensors --size 1152x896
+  fluxsplit encode images/*.png --model flux1-schnell-fp8.safetensors --format latent
 """
 UPSCALE_EXAMPLES = """Examples:
   fluxsplit upscale images/*.png
@@ -201,8 +211,17 @@ def decode(
     vae: Vae = None,
     model: Model = None,
     comfyui: ComfyUI = None,
-    dtype: Dtype = None,
+    vae_dtype: VaeDtype = None,
     device: Device = None,
+    vram: Vram = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=MACHINE,
+            help="Decode in overlapped tiles of N pixels, inexactly; 0: never. [0]",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for pictures. [images]"),
@@ -226,6 +245,34 @@ def decode(
 ) -> None:
     """Decode latent files to PNGs that carry their recipe; their paths are printed on stdout."""
     raise typer.Exit(_run("decode", _given(context)))
+
+
+@app.command(cls=GroupedCommand, epilog=ENCODE_EXAMPLES, short_help="Encode pictures to latent files.")
+def encode(
+    context: typer.Context,
+    pictures: Annotated[
+        list[str], typer.Argument(metavar="IMG", help="Pictures, folders of them, or - for names on stdin.")
+    ],
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH", rich_help_panel=PICTURE, help="Resize first. [the picture's, cut to multiples of 8]"
+        ),
+    ] = None,
+    vae: Vae = None,
+    model: Model = None,
+    comfyui: ComfyUI = None,
+    vae_dtype: VaeDtype = None,
+    device: Device = None,
+    vram: Vram = None,
+    out: LatentsOut = None,
+    format: LatentFormat = None,
+    json: Json = None,
+    quiet: Quiet = None,
+    debug: Debug = False,
+) -> None:
+    """Encode pictures to latent files, as for image-to-image; their paths are printed on stdout."""
+    raise typer.Exit(_run("encode", _given(context)))
 
 
 @app.command(cls=GroupedCommand, epilog=UPSCALE_EXAMPLES, short_help="Enlarge pictures.")
@@ -350,6 +397,27 @@ def _given(context: typer.Context) -> dict[str, Any]:
     return {name: value for name, value in context.params.items() if value not in (None, [], ()) and name != "debug"}
 
 
+def _runner(command: str) -> Callable[[dict[str, Any], dict[str, Any], Progress], int] | None:
+    """The function of a command that plans and runs in one; None for those that can show their plan."""
+    if command == "decode":
+        from fluxsplit.cli_decode import decode  # noqa: PLC0415
+
+        return decode
+    if command == "encode":
+        from fluxsplit.cli_encode import encode  # noqa: PLC0415
+
+        return encode
+    if command == "peek":
+        from fluxsplit.cli_peek import peek  # noqa: PLC0415
+
+        return peek
+    if command == "upscale":
+        from fluxsplit.cli_upscale import upscale  # noqa: PLC0415
+
+        return upscale
+    return None
+
+
 def _run(command: str, given: dict[str, Any]) -> int:
     """Plan, then do, with progress on stderr and results on stdout; returns the exit code."""
     from fluxsplit.progress import Progress  # noqa: PLC0415
@@ -358,18 +426,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
     settings = defaults(command, os.environ)
     quiet = bool(given.get("quiet", settings.get("quiet", False)))
     with Progress(json_lines=bool(given.get("json")), quiet=quiet) as progress:
-        if command == "decode":
-            from fluxsplit.cli_decode import decode  # noqa: PLC0415
-
-            return decode(given, settings, progress)
-        if command == "peek":
-            from fluxsplit.cli_peek import peek  # noqa: PLC0415
-
-            return peek(given, settings, progress)
-        if command == "upscale":
-            from fluxsplit.cli_upscale import upscale  # noqa: PLC0415
-
-            return upscale(given, settings, progress)
+        if (runner := _runner(command)) is not None:
+            return runner(given, settings, progress)
         if command == "preview":
             from fluxsplit.cli_preview import plan_preview, run_preview  # noqa: PLC0415
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,17 @@ from typing import Any
 from fluxsplit.arguments import check_choice, check_device, read_stdin
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
-from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.errors import FluxsplitError, OutOfMemory, UsageError
 from fluxsplit.executor import StageProcess, run_stage
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.jobs import DecodeJob, absolute
 from fluxsplit.latents import SUFFIXES, LatentFile, read_latents
+from fluxsplit.memory import check_budget
 from fluxsplit.models import demo_files, resolve_vae
 from fluxsplit.progress import Progress
-from fluxsplit.recipe import DTYPES
+from fluxsplit.recipe import DTYPES, VAE_FACTOR
+
+MIN_TILE_PX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,9 @@ def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
         vae="",
         out=absolute(values.get("out", "images")),
         device=check_device(values.get("device", "auto")),
-        dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
+        dtype=check_choice("vae-dtype", values.get("vae_dtype", "auto"), DTYPES),
+        vram=check_budget(values.get("vram", "auto")),
+        tile=check_tile(values.get("tile", 0)),
         overwrite=bool(values.get("overwrite", False)),
         delete_latents=bool(values.get("delete_latents", False)),
     )
@@ -101,13 +106,28 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
         progress.failed(refused.path, refused.error.message, refused.error.hint)
     before = len(progress.results)
     for number, job in enumerate(plan.jobs):
-        if ahead is not None and number == 0:
-            ahead.submit(job)
-        for event in ahead.events() if ahead is not None and number == 0 else run_stage("decode", job):
+        for event in _events(job, progress, ahead if number == 0 else None):
             progress.show(event)
     if plan.upscale is not None:
         upscale_paths(progress.results[before:], plan.upscale, progress)  # the VAE's process has ended
     return 1 if progress.failures else 0
+
+
+def _events(job: DecodeJob, progress: Progress, ahead: StageProcess | None) -> Iterator[dict[str, Any]]:
+    """The events of a decode stage; where memory runs out, the rest is tried once more by a smaller plan."""
+    done = 0
+    if ahead is not None:
+        ahead.submit(job)
+    try:
+        for event in ahead.events() if ahead is not None else run_stage("decode", job):
+            done = int(event["done"]) if event["event"] == "decode" else done
+            yield event
+    except OutOfMemory as error:
+        if job.smaller:
+            raise
+        progress.note(f"{error.line()}; trying once more with a smaller plan")
+        rest = replace(job, latents=job.latents[done:], parents=job.parents[done:], smaller=1)
+        yield from _events(rest, progress, None)
 
 
 class _Vaes:
@@ -165,3 +185,12 @@ def _in_folder(folder: Path) -> list[Path]:
     if not found:
         raise UsageError(f"{folder} holds no latent file", f"latents end in {', '.join(SUFFIXES.values())}")
     return found
+
+
+def check_tile(pixels: int) -> int:
+    """Side of the tiles in pixels, 0 for exact strips; raises UsageError."""
+    if pixels and (pixels < MIN_TILE_PX or pixels % VAE_FACTOR):
+        raise UsageError(
+            f"--tile {pixels} is no side of a tile", f"use 0, or a multiple of {VAE_FACTOR} from {MIN_TILE_PX} on"
+        )
+    return pixels

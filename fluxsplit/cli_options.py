@@ -161,6 +161,16 @@ ComfyUI = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="auto|cpu|cuda:N", rich_help_panel=MACHINE, help="Where to compute. [auto]")
 ]
+VaeDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--vae-dtype",
+        "--dtype",
+        metavar="auto|fp32|bf16|fp16",
+        rich_help_panel=MACHINE,
+        help="What the VAE computes in; auto: bf16 on cards that are fast at it. [auto]",
+    ),
+]
 Vram = Annotated[
     str | None,
     typer.Option(metavar="auto|8G|75%", rich_help_panel=MACHINE, help="Memory to use on the device. [auto]"),

@@ -31,6 +31,9 @@ MIN_STRIP_BYTES = 1 << 20
 ALLOCATOR_BYTES = 24 << 20
 """What the allocator and oneDNN keep between strips; measured by scripts/bench_decode.py."""
 
+CONTEXT_BYTES = 384 << 20
+"""Of a graphics card: the driver's context, the convolution library's workspace, fragments. Allowed, not measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class VaeShape:
@@ -271,7 +274,13 @@ def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
 
 
 def plan_vae(
-    passes: tuple[Pass, ...], dtype: str, budget_bytes: int, *, on_cpu: bool, ram_bytes: int | None = None, smaller: int = 0
+    passes: tuple[Pass, ...],
+    dtype: str,
+    budget_bytes: int,
+    *,
+    on_cpu: bool,
+    ram_bytes: int | None = None,
+    smaller: int = 0,
 ) -> VaePlan:
     """The plan for passes in `dtype` within `budget_bytes` of the device.
 
@@ -282,15 +291,16 @@ def plan_vae(
     item = DTYPE_BYTES[dtype]
     planes = planes_peak(passes, item)
     homes = [home for home in HOMES if not (on_cpu and home == "ram")]
+    context = 0 if on_cpu else CONTEXT_BYTES
     for home in homes[min(smaller, len(homes) - 1) :]:
         strip = _strip_bytes(budget_bytes, on_cpu, smaller)
-        left = budget_bytes - (planes if home == "device" else 0)
+        left = budget_bytes - context - (planes if home == "device" else 0)
         while (work := work_peak(passes, strip, item)) > left and strip > MIN_STRIP_BYTES:
             strip //= 2
         fits_ram = home != "ram" or ram_bytes is None or planes + work <= ram_bytes
         if work <= left and fits_ram:
-            return VaePlan(dtype, home, strip, work, planes)
-    least = work_peak(passes, MIN_STRIP_BYTES, item)
+            return VaePlan(dtype, home, strip, work + context, planes)
+    least = work_peak(passes, MIN_STRIP_BYTES, item) + context
     size = f"{passes[-1].out_width}x{passes[-1].out_height}"
     raise OutOfMemory(
         f"the VAE needs {least / 1e9:.2f} GB for {size} in {dtype} even in the smallest strips, "
@@ -302,4 +312,3 @@ def plan_vae(
 def _strip_bytes(budget_bytes: int, on_cpu: bool, smaller: int) -> int:
     wanted = CPU_STRIP_BYTES if on_cpu else max(MIN_STRIP_BYTES, min(MAX_STRIP_BYTES, budget_bytes // 16))
     return max(MIN_STRIP_BYTES, wanted >> smaller)
-

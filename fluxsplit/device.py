@@ -60,11 +60,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(properties.major >= 8)
 
 
-def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_vae_dtype_name(name: str, device: torch.device) -> str:
     """What the VAE computes in: fp32, or bf16 on cards that are fast at it; fp16 overflows in Flux's VAE."""
     if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" and has_fast_bf16(device) else torch.float32
+        return name
+    return "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
 
 
 def device_info(device: torch.device) -> DeviceInfo:

@@ -105,6 +105,29 @@ class DecodeJob:
     delete_latents: bool = False
     parents: tuple[tuple[str, str], ...] = ()
     """For each latent the file name and the latent's SHA-256 of the picture it was made from; empty where none was."""
+    vram: str = "auto"
+    tile: int = 0
+    """Side of overlapped tiles in pixels; 0 for exact strips."""
+    smaller: int = 0
+    """How often a plan ran out of memory before."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """Encode every picture with one load of the VAE; each becomes a latent file in `out`."""
+
+    images: tuple[str, ...]
+    vae: str
+    out: str
+    device: str
+    dtype: str = "auto"
+    vram: str = "auto"
+    width: int = 0
+    """Pixels that every picture is resized to; 0 to take it as it is, cut to multiples of 8."""
+    height: int = 0
+    format: str = "pt"
+    smaller: int = 0
+    """How often a plan ran out of memory before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +165,12 @@ class PeekJob:
     overwrite: bool = False
 
 
-Job = TextJob | SampleJob | DecodeJob | UpscaleJob | PeekJob
-STAGES: dict[str, type[TextJob] | type[SampleJob] | type[DecodeJob] | type[UpscaleJob] | type[PeekJob]] = {
+Job = TextJob | SampleJob | DecodeJob | EncodeJob | UpscaleJob | PeekJob
+STAGES: dict[str, type[TextJob | SampleJob | DecodeJob | EncodeJob | UpscaleJob | PeekJob]] = {
     "text": TextJob,
     "sample": SampleJob,
     "decode": DecodeJob,
+    "encode": EncodeJob,
     "upscale": UpscaleJob,
     "peek": PeekJob,
 }
@@ -160,8 +184,8 @@ def job_to_json(job: Job) -> str:
 def job_from_json(stage: str, text: str) -> Job:
     """The job of `stage` in `text`; raises KeyError or TypeError where the parent and the stage disagree."""
     table = json.loads(text)
-    if stage == "upscale":
-        return UpscaleJob(**{**table, "images": tuple(table["images"])})
+    if stage in ("encode", "upscale"):
+        return STAGES[stage](**{**table, "images": tuple(table["images"])})
     if stage == "sample":
         table["files"] = ModelFiles(**table["files"])
         table["images"] = tuple(_image(image) for image in table["images"])

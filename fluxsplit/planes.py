@@ -1,4 +1,4 @@
-"""Planes: the stored activations of a VAE, [height, width, channels], in blocks of rows on the device, in RAM or in a file.
+"""Planes: stored activations of a VAE, [height, width, channels], in blocks of rows on the device, in RAM or on disk.
 
 Channels last, so that any run of rows is one piece of memory. Blocks are made when first written and dropped when
 their last row has been read; a dropped block's memory goes back at once. On disk each block is a file that has no name

@@ -203,9 +203,12 @@ def _text(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
     return Task(key, "text encoding", done, total, f"{100 * done // max(1, total)} %{_left(done, total, elapsed_s)}")
 
 
-def _decode(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
-    done, total = int(event["done"]), int(event["total"])
-    return Task(key, "latents decoded", done, total, f"{done} of {total}{_left(done, total, elapsed_s)}")
+def _vae(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
+    """`done` may be fractional: how far a large picture is."""
+    done, total = float(event["done"]), int(event["total"])
+    part = f", {100 * (done % 1):.0f} % of the next" if done % 1 else ""
+    title = "latents decoded" if key == "decode" else "pictures encoded"
+    return Task(key, title, done, total, f"{int(done)} of {total}{part}{_left(done, total, elapsed_s)}")
 
 
 def _upscale(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
@@ -238,7 +241,8 @@ _TASKS: dict[str, Callable[[str, Mapping[str, Any], float], Task]] = {
     "load": _load,
     "text": _text,
     "step": _step,
-    "decode": _decode,
+    "decode": _vae,
+    "encode": _vae,
     "upscale": _upscale,
 }
 

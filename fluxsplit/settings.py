@@ -18,7 +18,7 @@ from fluxsplit.errors import UsageError
 Reader = Callable[[Any], Any]
 Values = dict[str, Any]
 PREFIX = "FLUXSPLIT_"
-COMMANDS = ("sample", "preview", "decode", "upscale", "peek")
+COMMANDS = ("sample", "preview", "decode", "encode", "upscale", "peek")
 MAX_FILE_BYTES = 1_000_000
 _OTHER_VARIABLES = {"FLUXSPLIT_CACHE"}
 """Ours, but no settings: read where they are used."""
@@ -114,7 +114,15 @@ _SAMPLE: dict[str, Reader] = {
 }
 _PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in ("noise_index", "peek", "peek_steps")}
 _UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
-_DECODE: dict[str, Reader] = {"dtype": _text, "out": _text, "overwrite": _switch, "delete_latents": _switch} | _UPSCALE
+_DECODE: dict[str, Reader] = {
+    "vae_dtype": _text,
+    "vram": _text,
+    "tile": _integer,
+    "out": _text,
+    "overwrite": _switch,
+    "delete_latents": _switch,
+} | _UPSCALE
+_ENCODE: dict[str, Reader] = {"vae_dtype": _text, "vram": _text, "out": _text, "format": _text}
 _UPSCALE_ALONE: dict[str, Reader] = {
     "comfyui": _text,
     "device": _text,
@@ -139,6 +147,7 @@ DEFAULTS: dict[str, dict[str, Reader]] = {
     "sample": SHARED | _SAMPLE,
     "preview": SHARED | _PREVIEW,
     "decode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _DECODE,
+    "encode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _ENCODE,
     "upscale": _UPSCALE | _UPSCALE_ALONE,
     "peek": _PEEK,
 }
@@ -156,6 +165,7 @@ _ONCE: dict[str, dict[str, Reader]] = {
     },
     "preview": {"prompt": _texts, "prompt_file": _text, "seed": _seeds, "dry_run": _switch, "json": _switch},
     "decode": {"latents": _texts, "json": _switch},
+    "encode": {"pictures": _texts, "size": _text, "json": _switch},
     "upscale": {"pictures": _texts, "json": _switch},
     "peek": {"latents": _texts, "json": _switch},
 }

@@ -8,36 +8,45 @@ from pathlib import Path
 
 import torch
 
-from fluxsplit import checkpoint, durable, metadata
-from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_vae_dtype
-from fluxsplit.errors import FluxsplitError
+from fluxsplit import durable, metadata
+from fluxsplit.device import device_name
+from fluxsplit.errors import FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import DecodeJob
 from fluxsplit.latents import LatentFile, read_latents
 from fluxsplit.recipe import WeightsStamp
-from fluxsplit.vae import Vae
-from fluxsplit.weights import WeightFiles
+from fluxsplit.vae import Advance
+from fluxsplit.vae_session import VaeSession, teller
 
 
 def run(job: DecodeJob, events: Events) -> None:
-    """Decode `job.latents`; one that fails is reported and the rest go on."""
-    device = pick_device(job.device)
-    dtype = pick_vae_dtype(job.dtype, device)
-    with ThreadPoolExecutor(max_workers=1) as background:
-        stamp = background.submit(_stamp, job.vae)
-        vae = Vae(checkpoint.part(job.vae, "vae"), WeightFiles(), dtype, device)
+    """Decode `job.latents`, each read while the one before is decoded; one that fails is reported and the rest go on.
+
+    Raises OutOfMemory, with the plan that did not hold.
+    """
+    with ThreadPoolExecutor(max_workers=1) as hashing, ThreadPoolExecutor(max_workers=1) as reading:
+        stamp = hashing.submit(_stamp, job.vae)
+        session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
         parents = dict(zip(job.latents, job.parents, strict=False))
-        for done, path in enumerate(job.latents):
-            events.send("decode", done=done, total=len(job.latents))
+        total = len(job.latents)
+        following = reading.submit(read_latents, job.latents[0]) if total else None
+        for number, path in enumerate(job.latents):
+            assert following is not None
+            current = following
+            if number + 1 < total:
+                following = reading.submit(read_latents, job.latents[number + 1])
+            events.send("decode", done=number, total=total)
             try:
-                for latent in read_latents(path):
-                    _decode(vae, latent, job, stamp, events, parents.get(path))
+                for latent in current.result():
+                    _decode(session, latent, job, stamp, events, parents.get(path), teller(events, number, total))
                 if job.delete_latents:
                     Path(path).unlink()
+            except OutOfMemory:
+                raise
             except FluxsplitError as error:
                 events.send("failed", item=path, message=error.message, hint=error.hint)
-        events.send("decode", done=len(job.latents), total=len(job.latents))
+        events.send("decode", done=total, total=total)
 
 
 def _stamp(path: str) -> WeightsStamp:
@@ -45,23 +54,24 @@ def _stamp(path: str) -> WeightsStamp:
 
 
 def _decode(
-    vae: Vae,
+    session: VaeSession,
     latent: LatentFile,
     job: DecodeJob,
     stamp: Future[WeightsStamp],
     events: Events,
     parent: tuple[str, str] | None,
+    advance: Advance,
 ) -> None:
     tensor = torch.frombuffer(bytearray(latent.payload), dtype=torch.float32).view(latent.shape)
-    pixels = vae.decode(tensor)  # [H, W, 3]
+    pixels, dtype = session.decode(tensor, advance, job.tile)  # [H, W, 3]
     height, width = pixels.shape[:2]
     record = metadata.ImageRecord(
         recipe=latent.recipe,
         latent_sha256=latent.payload_sha256,
         vae=stamp.result(),
         versions={name: version(name) for name in ("fluxsplit", "torch", "diffusers")},
-        dtype=DTYPE_NAMES[vae.dtype],
-        device=device_name(vae.device),
+        dtype=dtype,
+        device=device_name(session.device),
         parent=metadata.Parent(*parent) if parent is not None and parent[0] else None,
     )
     texts = metadata.png_text_chunks(record, latent.foreign)

@@ -18,6 +18,7 @@ _HEAVY = {
     "text": "fluxsplit.stage_text",
     "sample": "fluxsplit.stage_sample",
     "decode": "fluxsplit.stage_decode",
+    "encode": "fluxsplit.stage_encode",
     "upscale": "fluxsplit.stage_upscale",
     "peek": "fluxsplit.stage_peek",
 }

@@ -55,7 +55,9 @@ class Moments:
         squares = deviations.mul_(deviations).sum(1).double()  # [n, C]
         means = means[:, 0].double()
         mean = means.mean(0)
-        self._merge(rows.shape[0] * rows.shape[1], mean, squares.sum(0) + rows.shape[1] * (means - mean).square().sum(0))
+        self._merge(
+            rows.shape[0] * rows.shape[1], mean, squares.sum(0) + rows.shape[1] * (means - mean).square().sum(0)
+        )
 
     def _merge(self, count: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
         total = self._count + count
@@ -102,7 +104,9 @@ class Affine:
 class Window:
     """The rows of a plane that a strip needs, normalised, with zeros round the picture; slides downwards."""
 
-    def __init__(self, plane: Plane, rows: int, dtype: torch.dtype, device: torch.device, affine: Affine | None) -> None:
+    def __init__(
+        self, plane: Plane, rows: int, dtype: torch.dtype, device: torch.device, affine: Affine | None
+    ) -> None:
         self._plane, self._affine = plane, affine
         self._buffer = torch.empty((rows, plane.width, plane.channels), dtype=dtype, device=device)
         self._start = self._stop = -1
@@ -132,7 +136,9 @@ class Window:
 class Strips:
     """Carries out passes over named planes."""
 
-    def __init__(self, plan: VaePlan, dtype: torch.dtype, device: torch.device, groups: int, layer: Layer, folder: str):
+    def __init__(
+        self, plan: VaePlan, dtype: torch.dtype, device: torch.device, groups: int, layer: Layer, folder: str
+    ) -> None:
         """`layer` gives a parameter by name, in the dtype and on the device; `folder` is for planes on disk."""
         self._plan, self._dtype, self._device, self._groups = plan, dtype, device, groups
         self._layer, self._folder = layer, folder
@@ -228,7 +234,9 @@ class Strips:
         """x + out(softmax(q k^T / sqrt(C)) v), q, k and v being linear in the normalised x (diffusers `Attention`)."""
         affine = self._affine(one)
         assert affine is not None
-        queries, keys = (max(1, n // one.width) for n in attention_tokens(one.height * one.width, self._plan.strip_bytes))
+        queries, keys = (
+            max(1, n // one.width) for n in attention_tokens(one.height * one.width, self._plan.strip_bytes)
+        )
         projected = [self.plane(one.height, one.width, one.inputs) for _ in range(2)]
         for start in range(0, one.height, queries):
             stop = min(start + queries, one.height)

@@ -72,7 +72,9 @@ class Vae:
         latents = latents.to(self.device, dtype)
         if "post_quant_conv.weight" in self.part.sources:
             latents = self._pointwise("post_quant_conv", latents, dtype)
-        self._run("latents", latents[0].permute(1, 2, 0), self.decoder_passes(*latents.shape[2:]), plan, sink, advance, folder)
+        self._run(
+            "latents", latents[0].permute(1, 2, 0), self.decoder_passes(*latents.shape[2:]), plan, sink, advance, folder
+        )
 
     def decode(
         self, latents: torch.Tensor, plan: VaePlan, advance: Advance = _no_news, folder: str = ""
@@ -113,7 +115,14 @@ class Vae:
         return finite(planar[:, : self.shape.latent_channels]).cpu().contiguous()
 
     def _run(
-        self, name: str, rows: torch.Tensor, passes: tuple[Pass, ...], plan: VaePlan, sink: Sink, advance: Advance, folder: str
+        self,
+        name: str,
+        rows: torch.Tensor,
+        passes: tuple[Pass, ...],
+        plan: VaePlan,
+        sink: Sink,
+        advance: Advance,
+        folder: str,
     ) -> None:
         """Carry out passes over what is in the plane `name` at first, [H, W, C]; uint8 becomes -1..1."""
         dtype = DTYPES[plan.dtype]
@@ -135,7 +144,7 @@ class Vae:
 
 
 def load_vae(part: Part, files: WeightFiles, device: torch.device) -> Vae:
-    """The VAE in `part`; raises FluxsplitError where its parameters are not those of an AutoencoderKL of 16 channels."""
+    """The VAE in `part`; raises FluxsplitError where its parameters are not those of a 16-channel AutoencoderKL."""
     shape = _shape(part)
     wanted = parameter_shapes((*passes_of_decoder(shape, 8, 8), *passes_of_encoder(shape, 64, 64)))
     channels = shape.latent_channels

@@ -21,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from fluxsplit import checkpoint
+from fluxsplit.diffusers_models import AutoencoderKL
 from fluxsplit.latent_space import LatentSpace, latent_space
 from fluxsplit.models import demo_files
-from fluxsplit.vae import Vae
+from fluxsplit.tiled_vae import TiledVae
+from fluxsplit.vae import load_vae
 from fluxsplit.weights import WeightFiles
 from shapes import Array, picture, random_scene
 
@@ -52,13 +54,13 @@ def photos(folder: Path, count: int) -> list[Array]:
 
 
 @torch.inference_mode()
-def decoded(vae: Vae, pictures: list[Array], scaling: float, shift: float) -> list[tuple[Tensor, Tensor]]:
+def decoded(vae: AutoencoderKL, pictures: list[Array], scaling: float, shift: float) -> list[tuple[Tensor, Tensor]]:
     """Model-space latents [1, 16, h, w] and what the decoder makes of them [1, 3, 8h, 8w], of every picture."""
     made = []
     for pixels in pictures:
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float()
-        latents = vae.module.encode(image).latent_dist.mean
-        made.append(((latents - shift) * scaling, vae.module.decode(latents).sample.clamp(-1, 1)))
+        latents = vae.encode(image).latent_dist.mean
+        made.append(((latents - shift) * scaling, vae.decode(latents).sample.clamp(-1, 1)))
     return made
 
 
@@ -109,7 +111,7 @@ def main() -> None:
     file = arguments.vae or demo_files().vae
     contents = checkpoint.describe(file)
     space = latent_space(contents.config.get("vae", {}))
-    vae = Vae(checkpoint.part(file, "vae"), WeightFiles(), torch.float32, torch.device("cpu"))
+    vae = TiledVae(load_vae(checkpoint.part(file, "vae"), WeightFiles(), torch.device("cpu")), "fp32").module
     pictures = photos(arguments.pictures, arguments.count) if arguments.pictures else drawn(arguments.count, 1)
     half = len(pictures) // 2
     made = decoded(vae, pictures, space.scaling, space.shift)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.jobs import DecodeJob, SampleJob, TextJob, UpscaleJob, job_from_json
+from fluxsplit.jobs import DecodeJob, EncodeJob, SampleJob, TextJob, UpscaleJob, job_from_json
 from fluxsplit.latents import read_latents, write_latent
 from fluxsplit.recipe import Recipe, WeightsStamp
 
@@ -44,7 +44,8 @@ def main() -> None:
     if os.environ.get("FAKE_FAIL") == f"{stage} out of memory":
         say("error", exit_code=4, message="no room", hint="smaller --size", traceback="Traceback of the stage")
         return
-    results, failures = {"text": text, "sample": sample, "decode": decode, "upscale": upscale}[stage](job)
+    runs = {"text": text, "sample": sample, "decode": decode, "encode": encode, "upscale": upscale}
+    results, failures = runs[stage](job)
     log("done", stage=stage)
     say("done", results=results, failures=failures)
 
@@ -90,7 +91,24 @@ def decode(job: DecodeJob) -> tuple[int, int]:
         picture.write_bytes(b"")
         say("result", path=str(picture), recipe=recipe and json.loads(recipe.to_json()))
         say("decode", done=number + 1, total=len(job.latents))
+        _fail_at_the_second("decode", job.smaller)
     return len(job.latents), 0
+
+
+def encode(job: EncodeJob) -> tuple[int, int]:
+    """Latents of zeros."""
+    for number, path in enumerate(job.images):
+        written = write_latent(job.out, Path(path).stem, bytes(4 * 16 * 4), (1, 16, 2, 2), None, format=job.format)
+        say("result", path=str(written), recipe=None)
+        say("encode", done=number + 1, total=len(job.images))
+        _fail_at_the_second("encode", job.smaller)
+    return len(job.images), 0
+
+
+def _fail_at_the_second(stage: str, smaller: int) -> None:
+    if os.environ.get("FAKE_FAIL") == f"{stage} out of memory at the second" and not smaller:
+        say("error", exit_code=4, message="no room", hint="smaller --size", traceback="")
+        sys.exit()
 
 
 def upscale(job: UpscaleJob) -> tuple[int, int]:

@@ -293,10 +293,46 @@ def test_out_of_memory_exits_with_4(run: Run, monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setenv("FAKE_FAIL", f"{stage} out of memory")
     words = ["decode", latent] if stage == "decode" else ["sample", "-p", "a", "-q", "--seed", "1"]
     ran = run(*words)
-    assert (ran.code, ran.err) == (4, "fluxsplit: no room; smaller --size\n")
+    assert ran.code == 4 and ran.err.endswith("fluxsplit: no room; smaller --size\n")
     debug = run(*words, "--debug")
     assert "Traceback of the stage" in debug.err and debug.err.endswith("fluxsplit: no room; smaller --size\n")
     assert debug.code == 4
+
+
+@pytest.mark.parametrize("stage", ["decode", "encode"])
+def test_a_vae_that_ran_out_of_memory_goes_on_with_a_smaller_plan(
+    run: Run, monkeypatch: pytest.MonkeyPatch, home: Path, stage: str
+) -> None:
+    latents = run("sample", "-p", "a", "--seed", "1..3").out
+    pictures = [str(home / f"{n}.png") for n in range(3)]
+    monkeypatch.setenv("FAKE_FAIL", f"{stage} out of memory at the second")
+    ran = run("decode", *latents) if stage == "decode" else run("encode", *pictures)
+    assert (ran.code, len(ran.out)) == (0, 3), ran.err
+    assert "no room" in ran.err and "smaller plan" in ran.err
+    first, second = (entry["job"] for entry in ran.log if entry["what"] == "job" and entry["stage"] == stage)
+    items = "latents" if stage == "decode" else "images"
+    assert (first["smaller"], second["smaller"]) == (0, 1) and second[items] == first[items][1:]
+
+
+def test_the_machine_settings_of_the_vae(run: Run) -> None:
+    latent = run("sample", "-p", "a", "--seed", "1").out[0]
+    words = ("--vram", "8G", "--vae-dtype", "bf16", "--tile", "512")
+    job = run("decode", latent, *words).job("decode")
+    assert (job["vram"], job["dtype"], job["tile"], job["smaller"]) == ("8G", "bf16", 512, 0)
+    assert run("decode", latent, "--dtype", "fp16").job("decode")["dtype"] == "fp16"
+    for bad in (("--vram", "lots"), ("--vram", "0G"), ("--vram", "120%"), ("--tile", "63"), ("--vae-dtype", "fp8")):
+        ran = run("decode", latent, *bad)
+        assert ran.code == 2 and bad[1] in ran.err, ran.err
+
+
+def test_encode(run: Run, home: Path) -> None:
+    ran = run("encode", "a.png", "--size", "64x32", "--format", "latent", "--vram", "50%")
+    assert ran.code == 0 and "demo model" in ran.err
+    job = ran.job("encode")
+    assert job["images"] == [str(home / "a.png")] and (job["width"], job["height"]) == (64, 32)
+    assert (job["format"], job["out"], job["vram"]) == ("latent", str(home / "latents"), "50%")
+    assert run("encode", "a.png", "--size", "63x32").code == 2
+    assert run("encode", "a.png", "--vae", "nowhere.safetensors").code == 3
 
 
 def test_json_lines(run: Run) -> None:

@@ -799,6 +799,17 @@ def decode(vae: Path, latents: list[Path], out: Path) -> list[Image.Image]:
     return pictures
 
 
+def assert_floored(picture: Image.Image, unit: torch.Tensor) -> None:
+    """The bytes of ComfyUI's floor, but for a level where 255 * unit is an integer to the last digits of fp32."""
+    levels = unit.double().clamp(0, 1) * 255
+    wanted = (unit.float().clamp(0, 1) * 255).to(torch.uint8)
+    got = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(wanted.shape)
+    other = got != wanted
+    assert int(other.sum()) <= 1e-3 * other.numel()
+    assert bool(((got.double() - levels)[other].abs() < 1.01).all())
+    assert bool(((levels - levels.round())[other].abs() < 255e-5).all())
+
+
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_pictures_equal_those_of_the_stock_vae(kind: str, tmp_path: Path) -> None:
     weights = random_weights(synthetic_checkpoint.vae_shapes(TINY), 5)
@@ -812,9 +823,8 @@ def test_pictures_equal_those_of_the_stock_vae(kind: str, tmp_path: Path) -> Non
     (picture,) = decode(path, [tmp_path / "x.safetensors"], tmp_path)
     with torch.inference_mode():
         unit = (stock.decode(latents).sample[0].permute(1, 2, 0).double() + 1) / 2
-    floored = (unit.float().clamp(0, 1).numpy() * 255).astype("uint8")
     assert picture.size == (88, 72) and picture.mode == "RGB"
-    assert picture.tobytes() == floored.tobytes()
+    assert_floored(picture, unit)
     assert 0.01 < float(((unit < 0) | (unit > 1)).float().mean()) < 0.9
     rounded = (unit.clamp(0, 1) * 255).round().byte().numpy()
     assert picture.tobytes() != rounded.tobytes()
@@ -861,7 +871,7 @@ def test_prompt_to_picture_equals_the_reference(
     stock.load_state_dict(converted_vae(parts["vae"]), strict=True)
     with torch.inference_mode():
         unit = (stock.eval().decode(got).sample[0].permute(1, 2, 0) + 1) / 2
-    assert picture.tobytes() == (unit.clamp(0, 1).numpy() * 255).astype("uint8").tobytes()
+    assert_floored(picture, unit)
 
 
 # float8 and 16 bits

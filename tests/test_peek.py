@@ -86,12 +86,13 @@ def test_the_demo_map_draws_what_the_demo_vae_draws(tmp_path: Path) -> None:
     from fluxsplit import checkpoint
     from fluxsplit.latent_space import latent_space
     from fluxsplit.models import demo_files
-    from fluxsplit.vae import Vae
+    from fluxsplit.tiled_vae import TiledVae
+    from fluxsplit.vae import load_vae
     from fluxsplit.weights import WeightFiles
 
     file = demo_files().vae
     space = latent_space(checkpoint.describe(file).config.get("vae", {}))
-    vae = Vae(checkpoint.part(file, "vae"), WeightFiles(), torch.float32, torch.device("cpu"))
+    vae = TiledVae(load_vae(checkpoint.part(file, "vae"), WeightFiles(), torch.device("cpu")), "fp32").module
     [(latents, pixels)] = decoded(vae, drawn(1, 99), space.scaling, space.shift)
     raw = space.to_vae(latents).contiguous().view(torch.uint8).numpy().tobytes()
     made = np.asarray(draw(raw, *latents.shape[2:], demo_map()), np.float32)

@@ -1,0 +1,63 @@
+"""`fluxsplit encode`: pictures → the VAE → one encode stage, which writes a latent file for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from fluxsplit.arguments import check_choice, check_device, parse_size
+from fluxsplit.cli_sample import wanted_files
+from fluxsplit.cli_upscale import gather_pictures
+from fluxsplit.errors import OutOfMemory
+from fluxsplit.executor import run_stage
+from fluxsplit.jobs import EncodeJob, absolute
+from fluxsplit.memory import check_budget
+from fluxsplit.models import demo_files, resolve_vae
+from fluxsplit.progress import Progress
+from fluxsplit.recipe import DTYPES, LATENT_FORMATS
+
+
+def encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
+    """Plan and encode; returns the exit code."""
+    job = plan_encode(given, defaults, progress)
+    for event in encode_events(job, progress):
+        progress.show(event)
+    return 1 if progress.failures else 0
+
+
+def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> EncodeJob:
+    """The job of a command from its flags and, where they are silent, the settings; raises FluxsplitError."""
+    values = defaults | given
+    width, height = parse_size(values["size"]) if values.get("size") else (0, 0)
+    if given.get("model") and not given.get("vae"):  # a VAE of the settings does not overrule it
+        values = {**values, "vae": ""}
+    job = EncodeJob(
+        images=tuple(absolute(path) for path in gather_pictures(values.get("pictures", []))),
+        vae="",
+        out=absolute(values.get("out", "latents")),
+        device=check_device(values.get("device", "auto")),
+        dtype=check_choice("vae-dtype", values.get("vae_dtype", "auto"), DTYPES),
+        vram=check_budget(values.get("vram", "auto")),
+        width=width,
+        height=height,
+        format=check_choice("format", values.get("format", "pt"), LATENT_FORMATS),
+    )
+    if any(values.get(name) for name in ("vae", "model", "comfyui")):
+        return replace(job, vae=resolve_vae(wanted_files(values)))
+    progress.note("no --vae and no --model given: using the demo model's VAE, whose latents only the demo model knows")
+    return replace(job, vae=demo_files().vae)
+
+
+def encode_events(job: EncodeJob, progress: Progress) -> Iterator[dict[str, Any]]:
+    """The events of an encode stage; where memory runs out, the rest is tried once more by a smaller plan."""
+    done = 0
+    try:
+        for event in run_stage("encode", job):
+            done = int(event["done"]) if event["event"] == "encode" else done
+            yield event
+    except OutOfMemory as error:
+        if job.smaller:
+            raise
+        progress.note(f"{error.line()}; trying once more with a smaller plan")
+        yield from encode_events(replace(job, images=job.images[done:], smaller=1), progress)

@@ -1,0 +1,62 @@
+"""The encode stage: one load of the VAE, every picture encoded to a latent file, as ComfyUI's VAEEncode does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fluxsplit import latents, picture_file
+from fluxsplit.errors import FluxsplitError, OutOfMemory
+from fluxsplit.events import Events
+from fluxsplit.jobs import EncodeJob
+from fluxsplit.picture_file import Picture
+from fluxsplit.recipe import MAX_SIDE_PX
+from fluxsplit.vae_session import VaeSession, teller
+
+
+def run(job: EncodeJob, events: Events) -> None:
+    """Encode `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
+    session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
+    total = len(job.images)
+    for number, path in enumerate(job.images):
+        events.send("encode", done=number, total=total)
+        try:
+            pixels = prepared(picture_file.read_picture(path), job.width, job.height, session.vae.shape.factor)
+            tensor = session.encode(pixels, teller(events, number, total, "encode"))
+            payload, (_, channels, height, width) = tensor.numpy().tobytes(), tensor.shape
+            shape = (1, channels, height, width)
+            written = latents.write_latent(job.out, Path(path).stem, payload, shape, None, format=job.format)
+            events.send("result", path=str(written), recipe=None)
+        except OutOfMemory:
+            raise
+        except FluxsplitError as error:
+            events.send("failed", item=path, message=error.message, hint=error.hint)
+    events.send("encode", done=total, total=total)
+
+
+def prepared(picture: Picture, width: int, height: int, factor: int) -> torch.Tensor:
+    """RGB [H, W, 3] uint8: of `width` x `height`, or as it is, cut to multiples of `factor` round its middle.
+
+    What is transparent becomes white. Cut as ComfyUI's VAEEncode cuts (`comfy/sd.py`, vae_encode_crop_pixels).
+    """
+    image = picture.image
+    if image.mode == "I;16":
+        image = image.point(lambda value: value / 256).convert("L")
+    image = image.convert("RGB")
+    if picture.alpha is not None:
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        image = Image.composite(image, white, picture.alpha)
+    image = picture_file.resized(image, width, height) if width and height else _cut(image, factor)
+    if max(image.size) > MAX_SIDE_PX:
+        raise FluxsplitError(f"{image.width}x{image.height} pixels are over {MAX_SIDE_PX} a side", "give a --size")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def _cut(image: Image.Image, factor: int) -> Image.Image:
+    width, height = (side // factor * factor for side in image.size)
+    if not width or not height:
+        raise FluxsplitError(f"{image.width}x{image.height} pixels are fewer than {factor}x{factor}", "give a --size")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))

@@ -1,0 +1,120 @@
+"""One VAE at work in a stage: plans each picture before it starts, says how far it is, tries again in fp32."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from fluxsplit import checkpoint
+from fluxsplit.decode_plan import Pass, VaePlan, plan_vae
+from fluxsplit.device import device_info, pick_device, pick_vae_dtype_name
+from fluxsplit.errors import FluxsplitError, OutOfMemory
+from fluxsplit.events import Events
+from fluxsplit.memory import budget_bytes, free_ram_bytes
+from fluxsplit.planes import spill_folder
+from fluxsplit.strips import NotFinite
+from fluxsplit.tiled_vae import TiledVae
+from fluxsplit.vae import Advance, load_vae
+from fluxsplit.weights import WeightFiles
+
+NEWS_EVERY_S = 0.3
+
+T = TypeVar("T")
+
+
+class VaeSession:
+    """A VAE on its device, and what a job says of memory and dtype."""
+
+    def __init__(self, weights: str, device: str, dtype: str, vram: str, smaller: int, events: Events) -> None:
+        """`weights` is the file, `smaller` how many times a plan ran out of memory before."""
+        self.device = pick_device(device)
+        self.vae = load_vae(checkpoint.part(weights, "vae"), WeightFiles(), self.device)
+        self.dtype = pick_vae_dtype_name(dtype, self.device)
+        self._vram, self._smaller, self._events = vram, smaller, events
+        self._folder = spill_folder(os.environ)
+        self._tiled: dict[str, TiledVae] = {}
+
+    def decode(self, latents: torch.Tensor, advance: Advance, tile: int = 0) -> tuple[torch.Tensor, str]:
+        """VAE-space latents [1, 16, h, w] → RGB [8 h, 8 w, 3] uint8, and the dtype that it was computed in.
+
+        `tile` is the side of diffusers' overlapped tiles in pixels, 0 for exact strips. Raises OutOfMemory, and
+        FluxsplitError where the picture is not finite in fp32 either.
+        """
+        if tile:
+            return self._in_some_dtype(lambda dtype: self._tile_decoder(dtype).decode(latents, tile))
+        passes = self.vae.decoder_passes(latents.shape[2], latents.shape[3])
+        return self._planned(passes, lambda plan: self.vae.decode(latents, plan, advance, self._folder))
+
+    def encode(self, pixels: torch.Tensor, advance: Advance) -> torch.Tensor:
+        """RGB [8 h, 8 w, 3] uint8 → VAE-space latents [1, 16, h, w] fp32; raises as `decode` does."""
+        passes = self.vae.encoder_passes(pixels.shape[0], pixels.shape[1])
+        return self._planned(passes, lambda plan: self.vae.encode(pixels, plan, advance, self._folder))[0]
+
+    def _planned(self, passes: tuple[Pass, ...], carry_out: Callable[[VaePlan], T]) -> tuple[T, str]:
+        def attempt(dtype: str) -> T:
+            plan = self._plan(passes, dtype)
+            try:
+                return carry_out(plan)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_memory(error):
+                    raise
+                detail = (str(error).splitlines() or ["memory ran out"])[0][:200]
+                raise OutOfMemory(
+                    f"the VAE ran out of memory as planned ({plan.text()}): {detail}",
+                    "close other programs, or give --vram less",
+                ) from error
+
+        return self._in_some_dtype(attempt)
+
+    def _plan(self, passes: tuple[Pass, ...], dtype: str) -> VaePlan:
+        on_cpu = self.device.type == "cpu"
+        budget = budget_bytes(self._vram, device_info(self.device))
+        plan = plan_vae(passes, dtype, budget, on_cpu=on_cpu, ram_bytes=free_ram_bytes(), smaller=self._smaller)
+        if plan.home != "device":
+            size = f"{passes[0].width}x{passes[0].height}"
+            self._events.send("note", text=f"VAE of {size}: {plan.text()}")
+        return plan
+
+    def _in_some_dtype(self, attempt: Callable[[str], T]) -> tuple[T, str]:
+        """The result in the session's dtype, or in fp32 where it is not finite in that."""
+        try:
+            return attempt(self.dtype), self.dtype
+        except NotFinite as error:
+            if self.dtype == "fp32":
+                raise _hopeless(error) from error
+            self._events.send("note", text=f"{error.message} in {self.dtype}; trying again in fp32")
+        try:
+            return attempt("fp32"), "fp32"
+        except NotFinite as error:
+            raise _hopeless(error) from error
+
+    def _tile_decoder(self, dtype: str) -> TiledVae:
+        if dtype not in self._tiled:
+            self._tiled = {dtype: TiledVae(self.vae, dtype)}
+        return self._tiled[dtype]
+
+
+def _hopeless(error: NotFinite) -> FluxsplitError:
+    hint = "the latents or the VAE's weights are damaged, or not of the same model"
+    return FluxsplitError(f"{error.message}, in fp32 too", hint)
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error).lower()
+
+
+def teller(events: Events, number: int, total: int, event: str = "decode") -> Advance:
+    """Tells how far item `number` of `total` is, now and then."""
+    last_s = time.monotonic()
+
+    def advance(share: float) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= NEWS_EVERY_S and share < 1:
+            last_s = time.monotonic()
+            events.send(event, done=round(number + share, 4), total=total)
+
+    return advance

@@ -1,0 +1,109 @@
+"""The plan of a VAE: the same passes as diffusers' modules, sizes that fit the budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxsplit.decode_plan import (
+    DTYPE_BYTES,
+    HOMES,
+    VaeShape,
+    attention_tokens,
+    passes_of_decoder,
+    passes_of_encoder,
+    plan_vae,
+    planes_peak,
+    strip_rows,
+    work_peak,
+)
+from fluxsplit.errors import OutOfMemory
+
+FLUX = VaeShape()
+GB = 10**9
+
+
+def test_the_decoder_of_flux_in_numbers() -> None:
+    passes = passes_of_decoder(FLUX, 118, 144)
+    assert len(passes) == 1 + 2 * 2 + 1 + 2 * 4 * 3 + 3 + 1  # convolutions in blocks, attention, enlarging, in and out
+    assert (passes[-1].out_height, passes[-1].out_width, passes[-1].outputs) == (944, 1152, 3)
+    assert sum(one.kind == "attention" for one in passes) == 1
+    assert [one.weights for one in passes if one.shortcut] == [
+        "decoder.up_blocks.2.resnets.0.conv1",
+        "decoder.up_blocks.3.resnets.0.conv1",
+    ]
+
+
+def test_every_plane_is_written_before_it_is_read_and_given_back() -> None:
+    for passes, held in ((passes_of_decoder(FLUX, 16, 24), "latents"), (passes_of_encoder(FLUX, 128, 192), "image")):
+        alive = {held: (passes[0].height, passes[0].width, passes[0].inputs)}
+        for one in passes:
+            assert alive[one.source] == (one.height, one.width, one.inputs), one
+            made = (one.out_height, one.out_width, one.outputs)
+            if one.adds:
+                assert alive[one.target] == made, one
+            if one.last_use:
+                del alive[one.source]
+            alive[one.target] = made
+            if one.shortcut:
+                alive["x"] = made
+        assert set(alive) == {passes[-1].target}
+
+
+def test_two_planes_at_full_size_are_the_peak() -> None:
+    """FLUX.1 at 944x1152: two of 128 channels, or one of 256 while the next two grow in its place."""
+    full = 944 * 1152 * 128 * 4
+    assert 2 * full <= planes_peak(passes_of_decoder(FLUX, 118, 144), 4) <= 2 * full + 72_000_000
+    assert planes_peak(passes_of_encoder(FLUX, 944, 1152), 4) <= 2 * full + 72_000_000
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_a_plan_fits_its_budget_or_is_refused(dtype: str) -> None:
+    homes = set()
+    for side in (8, 64, 128, 256, 512):
+        passes = passes_of_decoder(FLUX, side, side)
+        for budget in (GB // 20, GB // 8, GB // 4, GB, 4 * GB, 12 * GB, 48 * GB):
+            for on_cpu in (True, False):
+                try:
+                    plan = plan_vae(passes, dtype, budget, on_cpu=on_cpu, ram_bytes=16 * GB)
+                except OutOfMemory as error:
+                    assert budget <= (GB // 4 if on_cpu else GB), (side, budget, error)
+                    continue
+                homes.add(plan.home)
+                assert plan.device_bytes <= budget and plan.home in HOMES
+    assert homes == set(HOMES)
+
+
+def test_the_same_budget_holds_any_size() -> None:
+    """What is on the device is bounded: only the planes on disk grow with the picture."""
+    plans = [
+        plan_vae(passes_of_decoder(FLUX, side, side), "fp32", GB // 4, on_cpu=True) for side in (128, 256, 512, 1024)
+    ]
+    assert {plan.home for plan in plans} == {"disk"}
+    assert plans[-1].planes_bytes == pytest.approx(64 * plans[0].planes_bytes, rel=0.2)
+
+
+def test_a_smaller_plan_is_smaller() -> None:
+    passes = passes_of_decoder(FLUX, 128, 128)
+    plans = [plan_vae(passes, "bf16", 8 * GB, on_cpu=False, smaller=n) for n in range(3)]
+    assert [plan.home for plan in plans] == ["device", "ram", "disk"]
+    assert plans[0].device_bytes > plans[1].device_bytes > plans[2].device_bytes
+
+
+def test_what_cannot_fit_says_what_it_needs() -> None:
+    with pytest.raises(OutOfMemory, match=r"4096x4096 in fp32 .* and 0.01 GB may be used"):
+        plan_vae(passes_of_decoder(FLUX, 512, 512), "fp32", 10_000_000, on_cpu=True)
+
+
+def test_strips_cover_their_plane_evenly() -> None:
+    for one in passes_of_decoder(FLUX, 37, 61):
+        for strip_bytes in (1, 1 << 16, 1 << 20, 1 << 30):
+            rows = strip_rows(one, strip_bytes)
+            assert 1 <= rows <= max(one.height, one.out_height)
+        assert strip_rows(one, 1) == 1 and strip_rows(one, 1 << 40) == one.height
+
+
+def test_chunks_of_the_attention_are_bounded() -> None:
+    for tokens in (1, 100, 16992, 262144):
+        queries, keys = attention_tokens(tokens, 6 << 20)
+        assert 1 <= queries <= tokens and 1 <= keys <= tokens and queries * keys <= 6 << 20
+    assert work_peak(passes_of_decoder(FLUX, 512, 512), 6 << 20, 4) < GB // 4

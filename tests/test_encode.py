@@ -1,0 +1,132 @@
+"""Pictures to latent files by the stage itself: sizes, transparency, orientation, what fails, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fluxsplit import stage_decode, stage_encode
+from fluxsplit.jobs import DecodeJob, EncodeJob
+from fluxsplit.latents import read_latent
+from fluxsplit.models import demo_files
+
+
+class Recorder:
+    """Events in a list."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+
+    def send(self, event: str, **fields: Any) -> None:
+        self.sent.append({"event": event, **fields})
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [one for one in self.sent if one["event"] == event]
+
+
+def encode(out: Path, *paths: Path, **options: Any) -> Recorder:
+    """Encode with the demo model's VAE."""
+    recorder = Recorder()
+    job = EncodeJob(tuple(map(str, paths)), demo_files().vae, str(out), "cpu", **options)
+    stage_encode.run(job, recorder)  # type: ignore[arg-type]
+    return recorder
+
+
+def drawn(width: int, height: int) -> Image.Image:
+    """A gradient with a red rectangle."""
+    image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    image.paste((200, 30, 40), (width // 4, height // 4, width // 2, height // 2))
+    return image
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    drawn(128, 96).save(tmp_path / "a.png")
+    (result,) = encode(tmp_path, tmp_path / "a.png").of("result")
+    latent = read_latent(result["path"])
+    assert latent.shape == (1, 16, 12, 16) and latent.recipe is None
+    recorder = Recorder()
+    stage_decode.run(DecodeJob((result["path"],), demo_files().vae, str(tmp_path / "b"), "cpu"), recorder)  # type: ignore[arg-type]
+    with Image.open(recorder.of("result")[0]["path"]) as back:
+        first, second = (_levels(image) for image in (drawn(128, 96), back))
+    assert float((first - second).abs().mean()) < 20
+    assert float((255 - first - second).abs().mean()) > 60
+
+
+def _levels(image: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
+
+
+def test_the_same_picture_gives_the_same_latents_each_time(tmp_path: Path) -> None:
+    drawn(64, 64).save(tmp_path / "a.png")
+    paths = [encode(tmp_path / name, tmp_path / "a.png").of("result")[0]["path"] for name in "xy"]
+    assert read_latent(paths[0]).payload == read_latent(paths[1]).payload
+
+
+def test_sizes_are_cut_round_the_middle_or_resized(tmp_path: Path) -> None:
+    drawn(77, 70).save(tmp_path / "a.png")
+    drawn(77, 70).crop((2, 3, 74, 67)).save(tmp_path / "cut.png")
+    paths = {path.stem: path for path in tmp_path.glob("*.png")}
+    found = {name: encode(tmp_path / "o", path).of("result")[0]["path"] for name, path in paths.items()}
+    assert read_latent(found["a"]).shape == (1, 16, 8, 9)
+    assert read_latent(found["a"]).payload == read_latent(found["cut"]).payload
+    resized = encode(tmp_path / "o", tmp_path / "a.png", width=128, height=64).of("result")[0]["path"]
+    assert read_latent(resized).shape == (1, 16, 8, 16)
+
+
+def test_what_is_transparent_is_white_and_exif_turns(tmp_path: Path) -> None:
+    clear = drawn(64, 48).convert("RGBA")
+    clear.putalpha(Image.new("L", clear.size, 0))
+    clear.save(tmp_path / "clear.png")
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "white.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    drawn(64, 48).save(tmp_path / "turned.webp", exif=exif, lossless=True)
+    drawn(64, 48).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    names = ("clear.png", "white.png", "turned.webp", "upright.png")
+    results = encode(tmp_path / "o", *(tmp_path / name for name in names)).of("result")
+    payloads = [read_latent(result["path"]).payload for result in results]
+    assert payloads[0] == payloads[1] and payloads[2] == payloads[3]
+    assert read_latent(results[2]["path"]).shape == (1, 16, 8, 6)
+
+
+def test_one_bad_picture_does_not_stop_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    drawn(4, 4).save(tmp_path / "small.png")
+    drawn(64, 64).save(tmp_path / "good.png")
+    names = ("bad.png", "gone.png", "small.png", "good.png")
+    recorder = encode(tmp_path / "o", *(tmp_path / name for name in names), format="latent")
+    assert [Path(one["item"]).name for one in recorder.of("failed")] == ["bad.png", "gone.png", "small.png"]
+    assert [Path(one["path"]).name for one in recorder.of("result")] == ["good.latent"]
+    assert recorder.of("encode")[-1]["done"] == 4
+
+
+def test_a_result_that_is_not_finite_is_tried_again_in_fp32(tmp_path: Path) -> None:
+    """fp16 cannot hold these latents, fp32 can: the picture is made, and its record says in what."""
+    from safetensors.torch import save_file
+
+    from fluxsplit.metadata import record_from_json
+    from fluxsplit.png_text import read_png
+
+    save_file({"latents": torch.full((1, 16, 4, 4), 3e5)}, tmp_path / "large.safetensors")
+    recorder = Recorder()
+    job = DecodeJob((str(tmp_path / "large.safetensors"),), demo_files().vae, str(tmp_path), "cpu", dtype="fp16")
+    stage_decode.run(job, recorder)  # type: ignore[arg-type]
+    assert "trying again in fp32" in recorder.of("note")[0]["text"]
+    record = record_from_json(read_png(Path(recorder.of("result")[0]["path"])).texts["fluxsplit"])
+    assert record.dtype == "fp32"
+
+
+def test_a_result_that_is_not_finite_in_fp32_is_no_picture(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name, value in (("a", 3e38), ("b", 0.5)):
+        save_file({"latents": torch.full((1, 16, 4, 4), value)}, tmp_path / f"{name}.safetensors")
+    recorder = Recorder()
+    names = tuple(str(tmp_path / f"{name}.safetensors") for name in "ab")
+    stage_decode.run(DecodeJob(names, demo_files().vae, str(tmp_path), "cpu"), recorder)  # type: ignore[arg-type]
+    assert [Path(one["item"]).stem for one in recorder.of("failed")] == ["a"]
+    assert "in fp32 too" in recorder.of("failed")[0]["message"]
+    assert [Path(one["path"]).name for one in recorder.of("result")] == ["b.png"]
