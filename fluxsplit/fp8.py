@@ -34,8 +34,16 @@ CHUNK_ELEMENTS = 1 << 19
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 _FIRST_NONFINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
-# float8 dtype → factor that shifts left, mask as a signed integer (None: nothing to mask), fp16 bits → value.
-_MOVES = {torch.float8_e4m3fn: (1 << 7, 0xBF80 - (1 << 16), 2.0**8), torch.float8_e5m2: (1 << 8, None, 1.0)}
+# float8 dtype → factor that shifts left, mask (None: nothing to mask), fp16 bits → value. Tensors, as a Python number
+# is made into one at each use, which for pieces of this size is felt.
+_MOVES = {
+    torch.float8_e4m3fn: (
+        torch.tensor(1 << 7, dtype=torch.int16),
+        torch.tensor(0xBF80 - (1 << 16), dtype=torch.int16),
+        2.0**8,
+    ),
+    torch.float8_e5m2: (torch.tensor(1 << 8, dtype=torch.int16), None, 1.0),
+}
 _Method = Callable[[torch.Tensor, torch.Tensor, float], None]
 """Takes flat codes, a flat output of as many elements, and the scale."""
 
@@ -101,19 +109,20 @@ def is_exact(method: _Method, device: torch.device, float8: torch.dtype, dtype: 
 
 
 def _by_integers(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-    factor, mask, power = _MOVES[codes.dtype]
+    left, mask, power = _MOVES[codes.dtype]
     scratch_half, scratch_single = _scratch()
+    factor = None if power * scale == 1.0 else torch.tensor(power * scale, dtype=torch.float32)
     direct = out.dtype == torch.float16
     for piece, piece_out in zip(codes.view(torch.int8).split(CHUNK_ELEMENTS), out.split(CHUNK_ELEMENTS), strict=True):
         half = piece_out if direct else scratch_half[: piece.numel()]
-        bits = half.view(torch.int16).copy_(piece).mul_(factor)
+        bits = half.view(torch.int16).copy_(piece).mul_(left)
         if mask is not None:
             bits.bitwise_and_(mask)
         single = piece_out if out.dtype != torch.bfloat16 else scratch_single[: piece.numel()]
         if not direct:
             single.copy_(half)
-        if power * scale != 1.0:
-            single.mul_(power * scale)
+        if factor is not None:
+            single.mul_(factor)
         if single is not piece_out:
             piece_out.copy_(single)
 

@@ -2,6 +2,7 @@
 
     python scripts/synthetic_checkpoint.py schnell-fp8.safetensors              # 11.9 GB, transformer only
     python scripts/synthetic_checkpoint.py aio.safetensors --all-in-one         # 17 GB with T5, CLIP and VAE
+    python scripts/synthetic_checkpoint.py short.safetensors --depth 2+4        # 1.3 GB, full width
     python scripts/synthetic_checkpoint.py tiny.safetensors --tiny --dtype bf16
 
 What loading, streaming and memory tests need is the shape of the real thing; published weights are not needed for
@@ -15,7 +16,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -231,6 +232,14 @@ def all_in_one_shapes(d: Dimensions, parts: Iterable[str] = PREFIXES) -> Shapes:
     return {PREFIXES[part] + name: shape for part in parts for name, shape in SHAPES[part](d).items()}
 
 
+def depth(text: str) -> tuple[int, int]:
+    """Numbers of double and single blocks in `2+4`."""
+    doubles, _, singles = text.partition("+")
+    if not (doubles.isdigit() and singles.isdigit() and int(doubles) and int(singles)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not written as 2+4")
+    return int(doubles), int(singles)
+
+
 def main() -> None:
     """Parse the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,12 +247,14 @@ def main() -> None:
     parser.add_argument("--all-in-one", action="store_true", help="with T5, CLIP and VAE, under ComfyUI's prefixes")
     parser.add_argument("--part", choices=list(SHAPES), default="transformer")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--depth", type=depth, help="transformer blocks, as 2+4: double + single; 19+38 is Flux.1")
     parser.add_argument("--dev", action="store_true", help="with the guidance embedder")
     parser.add_argument("--dtype", choices=list(DTYPES), default="e4m3")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     base = TINY if args.tiny else Dimensions()
-    dimensions = Dimensions(**{**{f: getattr(base, f) for f in base.__dataclass_fields__}, "dev": args.dev})
+    doubles, singles = args.depth or (base.double_blocks, base.single_blocks)
+    dimensions = replace(base, dev=args.dev, double_blocks=doubles, single_blocks=singles)
     shapes = all_in_one_shapes(dimensions) if args.all_in_one else SHAPES[args.part](dimensions)
     config = {"clip": {"num_attention_heads": 2}, "transformer": {"axes_dims_rope": [8, 12, 12]}}
     write(args.path, shapes, args.dtype, {"fluxsplit.config": json.dumps(config)} if args.tiny else None, args.seed)
