@@ -1,0 +1,133 @@
+"""Attention that never holds the whole score matrix, for cards on which torch has no fused kernel for it.
+
+torch's scaled_dot_product_attention is the quickest where it is fused (flash, memory-efficient). On RDNA2 it is not:
+there it forms the scores of all queries with all keys, for 24 heads of 4760 tokens 1.1 GB in fp16, several times over
+and in fp32. But a row of scores needs nothing of the other rows. So here the queries go through in chunks: a product
+with all keys, a softmax, a product with the values, all of them kernels that every card has and is quick at. The
+scores of one chunk and their softmax are all that exists at a time; how many rows a chunk has is the plan's to say.
+
+In fp16 the queries are scaled before the product, so that scores stay where fp16 is fine. bf16 has too few digits for
+scores: they are formed in fp32 there. The softmax accumulates in fp32 in either case.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+_PROBE_TOKENS, _PROBE_HEADS = 80, 2
+_PROBE_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""What a fused kernel may be off for values of spread 1; a wrong kernel is off by as much as the values."""
+
+
+def attend_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: int) -> torch.Tensor:
+    """softmax(query keyᵀ / √D) value for `chunk` queries at a time: all [B, L, H, D] in one dtype, the result as well.
+
+    Largest at any time are the scores [B, H, chunk, L] and their softmax. Raises ValueError for a chunk below 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"a chunk of {chunk} queries")
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    wide = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
+    keys = key.to(wide).permute(0, 2, 3, 1)  # [B, H, D, L]
+    values = value.transpose(1, 2)  # [B, H, L, D]
+    scale = 1 / math.sqrt(query.shape[-1])
+    for start in range(0, query.shape[1], chunk):
+        rows = query[:, start : start + chunk].to(wide).mul(scale).transpose(1, 2)  # [B, H, rows, D]
+        shares = torch.softmax(rows @ keys, dim=-1)
+        out[:, start : start + chunk] = (shares.to(value.dtype) @ values).transpose(1, 2)
+    return out
+
+
+@functools.cache
+def has_fused_attention(device: torch.device, dtype: torch.dtype, head: int) -> bool:
+    """Whether torch computes heads of width `head` without a score matrix here, and rightly: tried, not looked up.
+
+    Some builds for AMD cards refuse, some give wrong values (TheRock#6561).
+    """
+    random = torch.Generator().manual_seed(0)
+    shape = (1, _PROBE_HEADS, _PROBE_TOKENS, head)
+    exact = [torch.randn(shape, generator=random).to(dtype).float() for _ in range(3)]
+    probe = [tensor.to(device, dtype) for tensor in exact]
+    try:
+        with sdpa_kernel(_FUSED):
+            got = F.scaled_dot_product_attention(*probe)
+    except RuntimeError:  # no kernel among these
+        return False
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = F.scaled_dot_product_attention(*exact)
+    error = (got.float().cpu() - wanted).abs().max()
+    return bool(error <= _PROBE_ERROR[dtype])
+
+
+class ChunkedAttention:
+    """Attention of a Flux block, single or double, for diffusers' FluxAttention: queries in chunks."""
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states [B, N, C], encoder_hidden_states [B, T, C] or None → the same shapes. Takes no mask."""
+        if attention_mask is not None:
+            raise ValueError("Flux's attention has no mask")
+        image = _heads(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        if encoder_hidden_states is None:
+            query, key, value = image
+        else:
+            names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            text = _heads(attn, encoder_hidden_states, *names)
+            query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+            del text
+        del image
+        if image_rotary_emb is not None:
+            query, key = _rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb)
+        mixed = attend_in_chunks(query, key, value, self.chunk).flatten(2)
+        if encoder_hidden_states is None:
+            return mixed
+        tokens = encoder_hidden_states.shape[1]
+        image_out: torch.Tensor = attn.to_out[0](mixed[:, tokens:].contiguous())
+        return image_out, attn.to_add_out(mixed[:, :tokens].contiguous())
+
+
+def use_attention(module: nn.Module, chunk: int | None) -> None:
+    """Have every FluxAttention inside `module` compute `chunk` queries at a time; None leaves it to torch."""
+    if chunk is None:
+        return
+    for child in module.modules():
+        if hasattr(child, "set_processor") and hasattr(child, "norm_q"):
+            child.set_processor(ChunkedAttention(chunk))
+
+
+def _heads(
+    attn: Any, states: torch.Tensor, projections: tuple[str, ...], norms: tuple[str, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value [B, L, H, D] of one stream, the first two normalised."""
+    query, key, value = (getattr(attn, name)(states).unflatten(-1, (-1, attn.head_dim)) for name in projections)
+    return getattr(attn, norms[0])(query), getattr(attn, norms[1])(key), value
+
+
+def _rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding of pairs of neighbouring channels (Su et al., arXiv 2104.09864), in fp32.
+
+    x [B, L, H, D]; cosines and sines [L, D], each value twice.
+    """
+    cosine, sine = (part[None, :, None, :] for part in rope)
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cosine[..., 0::2] - odd * sine[..., 0::2]
+    out[..., 1::2] = odd * cosine[..., 1::2] + even * sine[..., 1::2]
+    return out

@@ -1,0 +1,250 @@
+"""Measures sampling: memory, seconds a step and bytes moved for each budget, against the floor of the same machine.
+
+    python scripts/synthetic_checkpoint.py /tmp/schnell.safetensors                  # 11.9 GB
+    python scripts/bench.py /tmp/schnell.safetensors --size 256x256 --text-tokens 64
+    python scripts/bench.py /tmp/schnell.safetensors --size 1152x944 --caps 12,8,6,4,2        # on a card
+    python scripts/synthetic_checkpoint.py /tmp/short.safetensors --depth 2+4        # 1.3 GB, full width
+    python scripts/bench.py /tmp/short.safetensors --threads 1 --peers diffusers
+    python scripts/bench.py                                                          # float8 expansion alone
+
+It runs the product's own sample stage in its own process, once for each cap, with a random conditioning, and watches
+the process from outside: RssAnon every 5 ms from its start, imports included, CPU seconds at each step. On a card the
+allocator is capped (`set_per_process_memory_fraction`) and `--vram` is the same number; on a CPU a cap is the budget
+alone. The floor, max(compute, transfer), is measured in the same run with as many threads: the step's matrix products
+without anything round them, the file read raw, and pinned memory copied to the card. On a CPU all seconds that are
+compared are CPU seconds, since wall seconds of a shared machine say nothing. Linux only. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import bench_fp8
+from bench_watch import AnonymousPeak, Usage, drop_from_cache, usage
+from fluxsplit.device import device_name, pick_device
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.executor import StageProcess
+from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
+
+HERE = Path(__file__).parent
+GB = 10**9
+T5_WIDTH, CLIP_WIDTH = 4096, 768
+
+
+@dataclass(slots=True)
+class Watched:
+    """What was seen of one stage process."""
+
+    peak_anonymous_bytes: int = 0
+    steps: list[Usage] = field(default_factory=list)
+    """Before the first step and after each."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    device_bytes: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+
+def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Watched:
+    """Run the sample stage once under a cap (0: none)."""
+    job, report = sample_job(args, cap_bytes, folder), folder / "report.json"
+    command = [sys.executable, "-P", str(HERE / "bench_stage.py"), "sample", str(report), str(cap_bytes)]
+    seen = Watched()
+    with StageProcess("sample", command, environment(args.threads)) as stage:
+        watch = AnonymousPeak(stage.pid)
+        stage.submit(job)
+        try:
+            for event in stage.events():
+                if event["event"] in ("load", "step"):
+                    take(seen, event, usage(stage.pid))
+                elif event["event"] == "plan":
+                    seen.plan = {name: value for name, value in event.items() if name != "event"}
+                elif event["event"] == "failed":
+                    seen.error = event["message"]
+        except FluxsplitError as error:
+            seen.error = error.message
+        seen.peak_anonymous_bytes = watch.stop()
+    if report.exists():
+        seen.device_bytes = json.loads(report.read_text())
+    return seen
+
+
+def take(seen: Watched, event: dict[str, Any], now: Usage) -> None:
+    """Keep the first usage as the start of the first step, then one for each step."""
+    if not seen.steps or event["event"] == "step":
+        seen.steps.append(now)
+
+
+def sample_job(args: argparse.Namespace, cap_bytes: int, folder: Path) -> SampleJob:
+    """One picture of random conditioning, through the job that the command line would send."""
+    conditioning = folder / "conditioning.safetensors"
+    if not conditioning.exists():
+        random = torch.Generator().manual_seed(0)
+        t5 = torch.randn(1, args.text_tokens, T5_WIDTH, generator=random) * 0.1
+        save_file({"t5": t5, "pooled": torch.randn(1, CLIP_WIDTH, generator=random)}, conditioning)
+    width, height = args.size
+    images = tuple(
+        ImageJob("bench", str(conditioning), seed=seed, width=width, height=height, steps=args.steps)
+        for seed in range(args.pictures)
+    )
+    budget = {"vram": f"{cap_bytes / GB:g}G"} if cap_bytes else {}
+    files = ModelFiles(str(args.path.absolute()))
+    return SampleJob(images, files, str(folder / "out"), "pt", args.dtype, args.device, **budget)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment of what is measured: as many threads everywhere, this script's neighbours importable."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    limits = dict.fromkeys(names, str(threads)) if threads else {}
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    return {**os.environ, **limits, "PYTHONPATH": paths}
+
+
+def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one cap; of the steps all but the first are warm."""
+    found: dict[str, Any] = {"cap_gb": cap_bytes / GB or None, "peak_anonymous_bytes": seen.peak_anonymous_bytes}
+    found |= {f"peak_device_{name}_bytes": count for name, count in seen.device_bytes.items()}
+    found |= {"plan": seen.plan} if seen.plan else {}
+    if seen.error or len(seen.steps) < 3:
+        return {**found, "error": seen.error or "the stage told of fewer than two steps"}
+    pairs = list(zip(seen.steps, seen.steps[1:], strict=False))
+    warm = pairs[1:]
+    wall_s = median(after.wall_s - before.wall_s for before, after in warm)
+    cpu_s = median(after.cpu_s - before.cpu_s for before, after in warm)
+    step_s = cpu_s if is_cpu(args) else wall_s
+    moved = floor["weight_bytes"]
+    return found | {
+        "first_step_s": round(pairs[0][1].wall_s - pairs[0][0].wall_s, 2),
+        "step_s": round(wall_s, 3),
+        "step_cpu_s": round(cpu_s, 2),
+        "step_system_s": round(median(after.system_s - before.system_s for before, after in warm), 2),
+        "disk_bytes_per_step": round(median(after.disk_bytes - before.disk_bytes for before, after in warm)),
+        "weight_bytes_per_s": round(moved / step_s),
+        "step_over_compute": round(step_s / (args.pictures * floor["compute_s"]), 3),
+        "step_over_floor": round(step_s / floor_s(args, floor, seen.plan), 3),
+    }
+
+
+def floor_s(args: argparse.Namespace, floor: dict[str, Any], plan: dict[str, Any]) -> float:
+    """max(compute, transfer): what streams crosses the bus once a step, whatever the number of pictures."""
+    streamed_bytes = plan.get("streamed_bytes", floor["weight_bytes"])
+    rate = floor["page_cache_bytes_per_s"] if is_cpu(args) else floor["bus_bytes_per_s"]
+    return max(float(args.pictures * floor["compute_s"]), float(streamed_bytes / rate))
+
+
+def is_cpu(args: argparse.Namespace) -> bool:
+    """Whether it is the CPU that computes."""
+    return pick_device(args.device).type == "cpu"
+
+
+def python(args: argparse.Namespace, script: str, *more: str) -> tuple[list[dict[str, Any]], int, str]:
+    """Run a neighbour over the same file; its JSON lines, peak of anonymous memory, and what it died of."""
+    width, height = (str(side) for side in args.size)
+    command = [sys.executable, str(HERE / script), str(args.path), "--width", width, "--height", height]
+    command += ["--text-tokens", str(args.text_tokens), "--device", args.device, *more]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(args.threads)
+        )
+        watch = AnonymousPeak(process.pid)
+        text, _ = process.communicate()
+        peak_bytes = watch.stop()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return found, peak_bytes, last[:300] if process.returncode else ""
+
+
+def measure_peer(args: argparse.Namespace, floor: dict[str, Any], layerwise: bool) -> dict[str, Any]:
+    """diffusers over the same file, size and number of threads."""
+    more = ["--steps", str(args.steps), "--dtype", floor["dtype"], *(["--layerwise"] if layerwise else [])]
+    steps, peak_bytes, error = python(args, "bench_peer.py", *more)
+    found: dict[str, Any] = {
+        "peer": "diffusers" + (" with layerwise casting" if layerwise else ""),
+        "offloading": "none on a CPU" if is_cpu(args) else "group, block level, one block, stream",
+        "peak_anonymous_bytes": peak_bytes,
+    }
+    if error or len(steps) < 2:
+        return {**found, "error": error}
+    found |= {f"peak_device_{name}_bytes": steps[-1][name] for name in ("allocated", "reserved") if name in steps[-1]}
+    cpu_s, wall_s = (median(step[name] for step in steps[1:]) for name in ("step_cpu_s", "step_s"))
+    over = (cpu_s if is_cpu(args) else wall_s) / floor["compute_s"]
+    return {**found, "step_s": round(wall_s, 3), "step_cpu_s": round(cpu_s, 2), "step_over_compute": round(over, 3)}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for, as it goes to the last line."""
+    device = pick_device(args.device)
+    result: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "device": device_name(device),
+        "threads": args.threads or torch.get_num_threads(),
+        "fp8": bench_fp8.measure(device),
+    }
+    print(f"float8 e4m3fn to bf16: {result['fp8']['e4m3fn to bf16']}", file=sys.stderr)
+    if args.path is None:
+        return result
+    floors, _, error = python(args, "bench_floor.py", "--dtype", args.dtype)
+    if error:
+        raise SystemExit(f"the floor could not be measured: {error}")
+    floor = floors[0]
+    print(f"floor: {floor}", file=sys.stderr)
+    result |= {"size": "x".join(map(str, args.size)), "steps": args.steps, "pictures": args.pictures, "floor": floor}
+    result["budgets"] = [one_budget(args, int(cap * GB), floor) for cap in args.caps]
+    if "diffusers" in args.peers:
+        result["peers"] = [measure_peer(args, floor, layerwise) for layerwise in (False, True)]
+        print(f"peers: {result['peers']}", file=sys.stderr)
+    return result
+
+
+def one_budget(args: argparse.Namespace, cap_bytes: int, floor: dict[str, Any]) -> dict[str, Any]:
+    """One run of the stage."""
+    if args.cold:
+        drop_from_cache(args.path)
+    with tempfile.TemporaryDirectory() as folder:
+        found = row(args, cap_bytes, watch_stage(args, cap_bytes, Path(folder)), floor)
+    print(f"cap {cap_bytes / GB:g} GB: {found}", file=sys.stderr)
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, nargs="?", help="a weight file that holds a transformer")
+    parser.add_argument("--caps", type=numbers, default=[0.0], help="GB, as 12,8,6,4,2; 0 (the default) for no cap")
+    parser.add_argument("--size", type=sides, default=(512, 512))
+    parser.add_argument("--text-tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--pictures", type=int, default=1, help="sampled together in each pass")
+    parser.add_argument("--threads", type=int, default=0, help="0 for torch's own choice")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=[], metavar="diffusers")
+    parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each run")
+    return parser.parse_args()
+
+
+def numbers(text: str) -> list[float]:
+    """`12,8,6` as numbers."""
+    return [float(part) for part in text.split(",")]
+
+
+def sides(text: str) -> tuple[int, int]:
+    """`1152x944` as width and height."""
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(parse())))

@@ -1,0 +1,122 @@
+"""What one step cannot be faster than: its matrix products alone, and moving the weights, measured on this machine.
+
+Run as a process of its own by `bench.py`, with the same device, dtype and number of threads as the stage; prints one
+JSON line. The shapes come from the weight file, not from a table of Flux's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench_fp8 import best_s
+from bench_watch import drop_from_cache, read_s
+from fluxsplit import checkpoint
+from fluxsplit.checkpoint import Part
+from fluxsplit.device import DTYPE_NAMES, pick_device, pick_dtype
+
+TIMES = 3
+TRANSFER_BYTES = 1 << 28
+
+
+def products(part: Part, image_tokens: int, text_tokens: int) -> Counter[tuple[int, int, int]]:
+    """How often a step multiplies [rows, inputs] by [outputs, inputs], by (rows, outputs, inputs)."""
+    counts: Counter[tuple[int, int, int]] = Counter()
+    for name, source in part.sources.items():
+        if len(source.shape) == 2:
+            counts[(_rows(name, image_tokens, text_tokens), *source.shape)] += 1
+    return counts
+
+
+def _rows(name: str, image_tokens: int, text_tokens: int) -> int:
+    """Rows that a matrix is multiplied with, by its place (diffusers' names)."""
+    if ".norm" in name or name.startswith(("time_text_embed", "norm_out")):
+        return 1  # modulation, from the embedded timestep
+    if name.startswith("single_transformer_blocks"):
+        return image_tokens + text_tokens
+    of_text = any(word in name for word in (".ff_context.", ".add_", ".to_add_out", "context_embedder"))
+    return text_tokens if of_text else image_tokens
+
+
+def compute_s(part: Part, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of all matrix products of a step, attention's among them: CPU seconds on a CPU."""
+    linear_s = 0.0
+    for (rows, outputs, inputs), count in products(part, image_tokens, text_tokens).items():
+        x, matrix = _random((rows, inputs), dtype, device), _random((outputs, inputs), dtype, device)
+        linear_s += count * best_s(_linear(x, matrix), device, TIMES)
+    head = part.shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    heads = part.shape("x_embedder.weight")[0] // head
+    query, key, value = (_random((1, heads, image_tokens + text_tokens, head), dtype, device) for _ in range(3))
+    blocks = part.count("transformer_blocks.%d.") + part.count("single_transformer_blocks.%d.")
+    with torch.inference_mode():
+        attention_s = best_s(lambda: F.scaled_dot_product_attention(query, key, value), device, TIMES)
+    return linear_s + blocks * attention_s
+
+
+def _linear(x: torch.Tensor, matrix: torch.Tensor) -> Callable[[], object]:
+    def product() -> torch.Tensor:
+        with torch.inference_mode():
+            return F.linear(x, matrix)
+
+    return product
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float32).mul_(0.05).to(dtype).to(device)
+
+
+def bus_bytes_per_s(device: torch.device) -> float | None:
+    """From pinned memory to the card; None for a CPU, which has no bus to cross."""
+    if device.type == "cpu":
+        return None
+    pinned = torch.empty(TRANSFER_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(TRANSFER_BYTES, dtype=torch.uint8, device=device)
+    return TRANSFER_BYTES / best_s(lambda: there.copy_(pinned, non_blocking=True), device)
+
+
+def measure(
+    path: Path, size: tuple[int, int], text_tokens: int, dtype_name: str, device_text: str
+) -> dict[str, object]:
+    """The floor of one step over the file, without weights of its own in memory."""
+    device = pick_device(device_text)
+    part = checkpoint.part(path, "transformer")
+    parameters = checkpoint.describe(path).parts["transformer"].parameters
+    dtype = pick_dtype(dtype_name, device, parameters)
+    image_tokens = (size[0] // 16) * (size[1] // 16)
+    file_bytes = path.stat().st_size
+    drop_from_cache(path)
+    cold_s, warm_s = read_s(path), read_s(path)
+    return {
+        "dtype": DTYPE_NAMES[dtype],
+        "image_tokens": image_tokens,
+        "text_tokens": text_tokens,
+        "weight_bytes": checkpoint.describe(path).parts["transformer"].bytes,
+        "compute_s": round(compute_s(part, image_tokens, text_tokens, dtype, device), 3),
+        "disk_bytes_per_s": round(file_bytes / cold_s),
+        "page_cache_bytes_per_s": round(file_bytes / warm_s),
+        "bus_bytes_per_s": (rate := bus_bytes_per_s(device)) and round(rate),
+    }
+
+
+def main() -> None:
+    """Measure, print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--height", type=int, required=True)
+    parser.add_argument("--text-tokens", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--device", required=True)
+    args = parser.parse_args()
+    size = (args.width, args.height)
+    print(json.dumps(measure(args.path, size, args.text_tokens, args.dtype, args.device)))
+
+
+if __name__ == "__main__":
+    main()
