@@ -54,15 +54,16 @@ def has_fused_attention(device: torch.device, dtype: torch.dtype, head: int) -> 
     """
     random = torch.Generator().manual_seed(0)
     shape = (1, _PROBE_HEADS, _PROBE_TOKENS, head)
-    exact = [torch.randn(shape, generator=random).to(dtype).float() for _ in range(3)]
-    probe = [tensor.to(device, dtype) for tensor in exact]
+    query, key, value = (torch.randn(shape, generator=random).to(dtype).float() for _ in range(3))
     try:
         with sdpa_kernel(_FUSED):
-            got = F.scaled_dot_product_attention(*probe)
+            got = F.scaled_dot_product_attention(
+                query.to(device, dtype), key.to(device, dtype), value.to(device, dtype)
+            )
     except RuntimeError:  # no kernel among these
         return False
     with sdpa_kernel(SDPBackend.MATH):
-        wanted = F.scaled_dot_product_attention(*exact)
+        wanted = F.scaled_dot_product_attention(query, key, value)
     error = (got.float().cpu() - wanted).abs().max()
     return bool(error <= _PROBE_ERROR[dtype])
 
@@ -108,8 +109,9 @@ def use_attention(module: nn.Module, chunk: int | None) -> None:
     if chunk is None:
         return
     for child in module.modules():
-        if hasattr(child, "set_processor") and hasattr(child, "norm_q"):
-            child.set_processor(ChunkedAttention(chunk))
+        set_processor: Any = getattr(child, "set_processor", None)
+        if set_processor is not None and hasattr(child, "norm_q"):
+            set_processor(ChunkedAttention(chunk))
 
 
 def _heads(

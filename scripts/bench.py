@@ -98,7 +98,7 @@ def sample_job(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Sample
         ImageJob("bench", str(conditioning), seed=seed, width=width, height=height, steps=args.steps)
         for seed in range(args.pictures)
     )
-    budget = {"vram": f"{cap_bytes / GB:g}G"} if cap_bytes else {}
+    budget: dict[str, Any] = {"vram": f"{cap_bytes / GB:g}G"} if cap_bytes else {}
     files = ModelFiles(str(args.path.absolute()))
     return SampleJob(images, files, str(folder / "out"), "pt", args.dtype, args.device, **budget)
 

@@ -1,0 +1,58 @@
+"""What the bench holds a run against: the products of a step by their shapes, and every code of float8."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_floor
+import bench_fp8
+import synthetic_checkpoint
+from bench_watch import AnonymousPeak, usage
+from fluxsplit import checkpoint, fp8
+
+
+def header_only(path: Path, shapes: synthetic_checkpoint.Shapes) -> Path:
+    """A weight file of the true size that takes no room: its bytes were never written."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [at, at + math.prod(shape)]}
+        at += math.prod(shape)
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    return path
+
+
+def test_the_products_of_a_full_step_are_those_that_others_counted(tmp_path: Path) -> None:
+    dimensions = synthetic_checkpoint.Dimensions(dev=True)
+    path = header_only(tmp_path / "dev.safetensors", synthetic_checkpoint.flux_shapes(dimensions))
+    counts = bench_floor.products(checkpoint.part(path, "transformer"), image_tokens=4096, text_tokens=512)
+    tflop = sum(2 * math.prod(shape) * count for shape, count in counts.items()) / 1e12
+    assert tflop == pytest.approx(59.5, rel=2e-3)  # 59,523 GFLOP in diffusers' published profile at 1024x1024
+
+
+def test_a_wrong_expansion_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench_fp8.compare_codes(fp8.FLOAT8[0], torch.bfloat16, torch.device("cpu")) == (254, 254, 2)
+    true = fp8.expand
+    monkeypatch.setattr(fp8, "expand", lambda codes, dtype: true(codes, dtype) * (codes.float() != 1.5))
+    assert bench_fp8.compare_codes(fp8.FLOAT8[0], torch.bfloat16, torch.device("cpu"))[0] < 254
+
+
+def test_a_process_is_seen_to_take_memory_and_time() -> None:
+    before, watch = usage(os.getpid()), AnonymousPeak(os.getpid())
+    time.sleep(0.1)
+    low_bytes, taken = watch.peak_bytes, torch.ones(1 << 26)
+    for _ in range(10):
+        taken += 1
+        time.sleep(0.02)
+    assert watch.stop() >= low_bytes + 200_000_000 > 200_000_000
+    assert usage(os.getpid()).cpu_s > before.cpu_s
