@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.exif import comment_text
 from fluxsplit.metadata import PARAMETERS_KEY, PNG_COMPRESS_LEVEL
+from fluxsplit.picture_text import XMP_KEY
 from fluxsplit.png_text import MAX_TEXT_BYTES, SIGNATURE, read_png
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 1 << 28
 """16384 x 16384, the largest that the sampler makes."""
-XMP_KEY = "XML:com.adobe.xmp"
 MAX_EXIF_BYTES = 1 << 20
 _RGB_MODES = ("RGB", "RGBA", "P")
 """A profile of CMYK or grey says nothing of the RGB that is written."""
@@ -122,26 +123,15 @@ def _texts_of(exif: Any, xmp: Any) -> dict[str, str]:
     """What a JPEG or WebP says, under the keywords that a PNG has for it."""
     texts = {}
     comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT) if exif else None
-    if isinstance(comment, bytes) and len(comment) <= MAX_TEXT_BYTES and (text := _user_comment(comment)):
-        texts[PARAMETERS_KEY] = text
+    if isinstance(comment, bytes) and len(comment) <= MAX_TEXT_BYTES:
+        text = comment_text(comment)
+        if "Steps: " in text and "�" not in text:  # what else may stand there stays in the EXIF alone
+            texts[PARAMETERS_KEY] = text
     if isinstance(xmp, bytes) and len(xmp) <= MAX_TEXT_BYTES:
         text = xmp.decode("utf-8", "replace").rstrip("\0")
         if "�" not in text:
             texts[XMP_KEY] = text
     return texts
-
-
-def _user_comment(raw: bytes) -> str:
-    """EXIF's UserComment: eight bytes name the code, UTF-16 comes in either order."""
-    code, body = raw[:8], raw[8:]
-    if code == b"ASCII\0\0\0":
-        text = body.decode("ascii", "replace")
-    elif code == b"UNICODE\0":
-        little = body.startswith(b"\xff\xfe") or (len(body) > 1 and body[0] != 0 and body[1] == 0)
-        text = body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("﻿")
-    else:
-        return ""
-    return "" if "�" in text else text.strip("\0 ")
 
 
 def resized(image: Image, width: int, height: int) -> Image:

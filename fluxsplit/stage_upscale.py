@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from fluxsplit import durable, metadata, picture_file
+from fluxsplit.device import DTYPE_NAMES, device_info, has_fast_bf16, pick_device
 from fluxsplit.device import DTYPES as TORCH_DTYPES
-from fluxsplit.device import device_info, has_fast_bf16, pick_device
 from fluxsplit.errors import FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
@@ -81,7 +81,10 @@ def _upscale(here: _Run, path: str, number: int) -> None:
     def on_tile(done: int, total: int) -> None:
         events.send("upscale", image=number, images=len(job.images), done=done, total=total)
 
+    asked = network.dtype
     levels = enlarge(network, _pixels(picture), tiling, on_tile)
+    if network.dtype != asked:
+        events.send("note", text=f"{Path(path).name} was computed in fp32: {DTYPE_NAMES[asked]} gave NaN or infinity")
     image = picture_file.resized(Image.fromarray(levels.numpy()), width, height)
     if picture.image.mode != "RGB":
         image = image.convert("L")

@@ -2,6 +2,7 @@
 
     scripts/bench_upscale.py                         # some minutes on one core
     scripts/bench_upscale.py --pictures docs/images  # and docs/images/upscaling.png
+    scripts/bench_upscale.py --blocks 23 --size 448x320 --no-memory
 
 Networks: `compact`, the trained one of the package; `rrdb`, RRDBNet in the layout of RealESRGAN_x2plus with 64 features
 and --blocks blocks (23 in the published file), its weights random, its last layer scaled so that the levels of the
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--size", default="720x560")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="planned against taken")
     arguments = parser.parse_args()
     width, height = map(int, arguments.size.split("x"))
     torch.set_num_threads(1)
@@ -243,7 +245,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in (PACKAGED, random_rrdb(Path(folder), arguments.blocks, pixels)):
             network = Upscaler(path, torch.float32, torch.device("cpu"))
-            taken = list(peaks(network, (128, 192, 256, 384)))
+            taken = list(peaks(network, (128, 192, 256, 384))) if arguments.memory else []
             results.append(measured(network, pixels, True) | {"pixel_bytes": network.pixel_bytes, "memory": taken})
             if arguments.pictures and path == PACKAGED:
                 picture(arguments.pictures, network)

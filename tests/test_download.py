@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from fluxsplit import upscalers
 from fluxsplit.download import download
 from fluxsplit.errors import FluxsplitError
 
@@ -137,3 +139,18 @@ def test_only_https_is_followed(web: Web, tmp_path: Path, address: str) -> None:
 def test_nobody_is_there(tmp_path: Path) -> None:
     with pytest.raises(FluxsplitError, match="cannot fetch"):
         download("http://127.0.0.1:9/x", tmp_path / "x", 10, SHA256, [].append)
+
+
+def test_an_upscaler_is_fetched_when_asked_and_found_afterwards(
+    web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(upscalers, "_RELEASES", f"http://127.0.0.1:{web.port}")
+    table = tuple(replace(item, size_bytes=len(DATA), sha256=SHA256) for item in upscalers.PUBLISHED)
+    monkeypatch.setattr(upscalers, "PUBLISHED", table)
+    seen: list[tuple[str, int, int]] = []
+    chosen = upscalers.choose("4", None, True, lambda *told: seen.append(told))
+    assert chosen.factor == 4 and Path(chosen.path).read_bytes() == DATA
+    assert Path(chosen.path) == upscalers.own_folder() / "RealESRGAN_x4plus.pth"
+    assert seen[-1] == ("RealESRGAN_x4plus.pth", len(DATA), len(DATA))
+    assert upscalers.choose("x4plus", None, False, lambda *told: None).path == chosen.path
+    assert len(web.asked) == 1
