@@ -95,7 +95,9 @@ def hard_cut(network: Upscaler, pixels: Tensor, tile: int) -> Tensor:
             y, x = max(0, top - CUT_PADDING_PX), max(0, left - CUT_PADDING_PX)
             bottom, right = min(height, top + tile), min(width, left + tile)
             part = pixels[:, y : min(height, bottom + CUT_PADDING_PX), x : min(width, right + CUT_PADDING_PX)]
-            result = network.apply(part)[:, (top - y) * network.scale :, (left - x) * network.scale :]
+            with torch.inference_mode():  # not through spandrel, which would mirror the edges up to multiples of 4
+                result = network._network.model(part[None])[0].clamp(0, 1)
+            result = result[:, (top - y) * network.scale :, (left - x) * network.scale :]
             rows, columns = (bottom - top) * network.scale, (right - left) * network.scale
             place = made[:, top * network.scale :, left * network.scale :]
             place[:, :rows, :columns] = result[:, :rows, :columns]
