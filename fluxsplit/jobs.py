@@ -90,6 +90,22 @@ class SampleJob:
     """Write a preview beside each latent."""
     peek_steps: bool = False
     """Write a preview after each step, in place of the last."""
+    vram: str = "auto"
+    """Memory that may be used: `8G`, `75%` of what is free, or `auto`."""
+    retried: str = ""
+    """The plan that ran out of memory before this one, for people; empty at the first try."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceJob:
+    """Say what the device is, and how fast on the shapes of a model."""
+
+    device: str
+    dtype: str
+    parameters: int
+    hidden: int
+    head: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +181,15 @@ class PeekJob:
     overwrite: bool = False
 
 
-Job = TextJob | SampleJob | DecodeJob | EncodeJob | UpscaleJob | PeekJob
-STAGES: dict[str, type[TextJob | SampleJob | DecodeJob | EncodeJob | UpscaleJob | PeekJob]] = {
+Job = TextJob | SampleJob | DecodeJob | EncodeJob | UpscaleJob | PeekJob | DeviceJob
+STAGES: dict[str, type[Job]] = {
     "text": TextJob,
     "sample": SampleJob,
     "decode": DecodeJob,
     "encode": EncodeJob,
     "upscale": UpscaleJob,
     "peek": PeekJob,
+    "device": DeviceJob,
 }
 
 

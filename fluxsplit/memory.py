@@ -46,6 +46,8 @@ class DeviceInfo:
     """Of attention's two products, where they run at another rate."""
     expand_elements_per_s: float | None = None
     """float8 codes expanded to the compute dtype."""
+    elementwise_per_s: float | None = None
+    """Values through a fixed mixture of casts, multiplications and GELU; stands for all that is no product."""
     bus_bytes_per_s: float | None = None
     """From the machine's RAM to the device; None for a CPU, which has none to cross."""
     disk_bytes_per_s: float | None = None

@@ -82,6 +82,8 @@ class Recipe:
     """UTC, ISO 8601."""
     start: Start | None = None
     """What was kept of another picture; None where the noise of the seed is all there was."""
+    retried: str | None = None
+    """The memory plan that ran out of memory before the one that made this; decides no pixel. None at the first try."""
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -103,8 +105,9 @@ class Recipe:
     def to_object(self) -> dict[str, Any]:
         """The JSON object that `recipe_from_object` reads, with the schema's number."""
         table = {"fluxsplit": SCHEMA, **asdict(self)}
-        if self.start is None:
-            del table["start"]  # so that plain recipes are read by older versions too
+        for name in _OPTIONAL:
+            if table[name] is None:
+                del table[name]  # so that plain recipes are read by older versions too
         return table
 
     def to_json(self) -> str:
@@ -244,8 +247,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "versions": _as_versions,
     "created": _as_text,
     "start": start_from_object,
+    "retried": _optional(_as_text),
 }
-_OPTIONAL = {"start"}
+_OPTIONAL = {"start", "retried"}
 
 
 def recipe_from_object(value: Any) -> Recipe:

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fluxsplit import checkpoint, defaults, fp8, latents
-from fluxsplit.checkpoint import Contents, Part
+from fluxsplit.checkpoint import Contents
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.conditioning_cache import stamps_in
 from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_dtype
@@ -26,40 +25,44 @@ from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 from fluxsplit.latent_space import LatentSpace, latent_space
 from fluxsplit.lockstep import Picture, sample_together
+from fluxsplit.memory_plan import MemoryPlan
 from fluxsplit.peek import write_peek
 from fluxsplit.peek_steps import LivePeek
+from fluxsplit.placement import place, plan_job, tell_plan
+from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.recipe import LATENT_CHANNELS, VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.schedule import from_sigma
 from fluxsplit.schedule import sigmas as scheduled_sigmas
 from fluxsplit.starting_point import starting_point
+from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux, check_conditioning
-from fluxsplit.weights import WeightFiles, keep_resident
+from fluxsplit.weights import WeightFiles
 
 SLUG_CHARS = 40
-RESERVED_BYTES = 1_000_000_000
-"""Of a card's free memory: for the expanded matrix, the allocator and the driver."""
-ACTIVATION_BYTES_PER_TOKEN = 64
-"""Times the hidden size: what the widest block holds for each token, measured generously."""
-
 _VERSIONED = ("fluxsplit", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
     flux: Flux
+    files: WeightFiles
+    loader: Streaming | ReadAhead
+    plan: MemoryPlan
     contents: Contents
     space: LatentSpace
     stamps: dict[str, Future[WeightsStamp]]
-    together: int
-    """Pictures that are sampled in one pass."""
 
 
 def run(job: SampleJob, events: Events) -> None:
     """Sample `job.images`; a picture that fails is reported and the rest go on."""
     with ThreadPoolExecutor(max_workers=1) as hashing:
         model = _load(job, events, hashing)
-        for first in range(0, len(job.images), model.together):
-            _sample_group(model, job, range(len(job.images))[first : first + model.together], events)
+        together = model.plan.together
+        try:
+            for first in range(0, len(job.images), together):
+                _sample_group(model, job, range(len(job.images))[first : first + together], events)
+        finally:
+            model.loader.close()
 
 
 def _load(job: SampleJob, events: Events, hashing: ThreadPoolExecutor) -> _Model:
@@ -71,62 +74,18 @@ def _load(job: SampleJob, events: Events, hashing: ThreadPoolExecutor) -> _Model
         raise FluxsplitError(
             f"{device_name(device)} does not expand float8 exactly in {DTYPE_NAMES[dtype]}", "try another --dtype"
         )
+    plan = plan_job(job, part, device, dtype)
+    tell_plan(plan, events)
     files = WeightFiles()
     flux = Flux(part, files, dtype, device)
-    if device.type == "cuda":
-        keep_resident(flux.module, device, _resident_budget(device, job, part))
+    loader = place(plan, flux, files, events)
+    flux.loader = loader
     vae_config = checkpoint.describe(job.files.vae or job.files.transformer).config.get("vae", {})
     stamps = {
         path: hashing.submit(_stamp, path)
         for path in {job.files.transformer, job.files.text_encoder, job.files.clip} - {""}
     }
-    flux.loader = _ReadAhead(part, files, events)
-    return _Model(flux, contents, latent_space(vae_config), stamps, len(job.images))
-
-
-def _resident_budget(device: torch.device, job: SampleJob, part: Part) -> int:
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    tokens = max(image.width * image.height // 256 for image in job.images) + 512
-    hidden = part.shape("x_embedder.weight")[0]
-    return max(0, free_bytes - RESERVED_BYTES - tokens * hidden * ACTIVATION_BYTES_PER_TOKEN)
-
-
-class _ReadAhead:
-    """Reports the first reading of the weights, and asks for the next block's bytes while one is computed."""
-
-    def __init__(self, part: Part, files: WeightFiles, events: Events) -> None:
-        self._events, self._files = events, files
-        spans: dict[tuple[str, ...], list[Any]] = {}
-        sizes: dict[tuple[str, ...], dict[str, int]] = {}
-        for name, source in part.sources.items():
-            if "transformer_blocks." in name:
-                key = tuple(name.split(".")[:2])
-                info = source.tensor
-                path, start, stop = spans.get(key, [source.path, info.start, info.end])
-                spans[key] = [path, min(start, info.start), max(stop, info.end)]
-                sizes.setdefault(key, {})[info.name] = info.end - info.start
-        order = sorted(spans, key=lambda key: (key[0] != "transformer_blocks", int(key[1])))
-        self._spans = [spans[key] for key in order]
-        self._block_bytes = [sum(sizes[key].values()) for key in order]
-        self.total_bytes = sum(self._block_bytes)
-        self._done_bytes = 0
-        self._ask(0)
-
-    @contextmanager
-    def brought_in(self, number: int) -> Iterator[None]:
-        """After each block of the first forward the next is asked for; later ones cost nothing."""
-        yield
-        done = number + 1
-        if done > len(self._spans) or self._done_bytes >= self.total_bytes:
-            return
-        self._done_bytes += self._block_bytes[done - 1]
-        self._ask(done)
-        self._events.send("load", what="transformer", done_bytes=self._done_bytes, total_bytes=self.total_bytes)
-
-    def _ask(self, block: int) -> None:
-        if block < len(self._spans):
-            path, start, stop = self._spans[block]
-            self._files.open(path).will_need(start, stop)
+    return _Model(flux, files, loader, plan, contents, latent_space(vae_config), stamps)
 
 
 def _shape(recipe: Recipe) -> tuple[int, int, int, int]:
@@ -175,7 +134,9 @@ def _write(
     model: _Model, job: SampleJob, image: ImageJob, recipe: Recipe, latent: torch.Tensor, events: Events
 ) -> None:
     payload = model.space.to_vae(latent).contiguous().view(torch.uint8).numpy().tobytes()
-    recipe = _stamped(recipe, job.files, model.stamps, image.conditioning)
+    model.files.check_unchanged()
+    stamped = _stamped(recipe, job.files, model.stamps, image.conditioning)
+    recipe = replace(stamped, retried=job.retried or None)
     stem = image.stem or _stem(recipe)
     path = latents.write_latent(job.out, stem, payload, _shape(recipe), recipe, format=job.format)
     if job.peek:

@@ -21,6 +21,7 @@ _HEAVY = {
     "encode": "fluxsplit.stage_encode",
     "upscale": "fluxsplit.stage_upscale",
     "peek": "fluxsplit.stage_peek",
+    "device": "fluxsplit.stage_device",
 }
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hipErrorOutOfMemory")
 

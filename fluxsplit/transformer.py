@@ -112,14 +112,14 @@ class Flux:
         stream = self._begin(forward)
         if not stream.is_finite():
             return "the embedding of latent, text or timestep"
-        doubles = len(self.module.transformer_blocks)
-        for number, block in enumerate(self.blocks):
+        doubles, place = len(self.module.transformer_blocks), ""
+        for number, block in enumerate(self.blocks):  # to the end, as whoever brings them in counts on it
             with self.loader.brought_in(number):
                 stream.through(block)
-            if not stream.is_finite():
+            if not place and not stream.is_finite():
                 kind, index = ("double", number) if number < doubles else ("single", number - doubles)
-                return f"{kind} block {index}"
-        return "" if bool(self._end(stream).isfinite().all()) else "the final layer"
+                place = f"{kind} block {index}"
+        return place or ("" if bool(self._end(stream).isfinite().all()) else "the final layer")
 
     def _begin(self, forward: Forward) -> _Stream:
         """Odd sides are padded round to even and the result is cropped (ComfyUI `comfy/ldm/flux/model.py`)."""

@@ -2,15 +2,25 @@
 
 The file is mapped read-only and shared, so its pages belong to the page cache and cost no anonymous memory;
 every weight matrix is a view into that map, float8 as stored. Only when a layer runs is its matrix expanded to
-the compute dtype, and dropped again after the product. Biases, norms and convolutions, small as they are, are
-held in the compute dtype.
+the compute dtype, into one scratch buffer that the next layer uses again. Biases, norms and convolutions, small as
+they are, are held in the compute dtype. Where the device cannot see the map, `streaming` brings the stored bytes to
+it, block by block; every matrix knows its place in the file for that.
+
+A file that is changed or cut short under a run would give a wrong picture, so its size, times and inode are noted
+when it is opened and compared before anything made of it is written (`check_unchanged`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import mmap
+import os
+import sys
+import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,15 +39,64 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+MADV_POPULATE_READ = 22
+POPULATE_BYTES = 16 << 20
+_CHANGED_HINT = "leave weight files alone while they are used, and run again"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes start..stop of a file."""
+
+    path: str
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
 
 
 class WeightFile:
-    """A read-only shared map of a weight file."""
+    """A weight file: its read-only shared map, and reads that do not go through the map."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with Path(path).open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._stamp = _stamp(os.fstat(self._handle))
+        self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
+        self._at_once = threading.Lock()  # where there is no pread
+
+    def check_unchanged(self) -> None:
+        """Raise FluxsplitError where the file is not the one that was opened, or was written to since."""
+        try:
+            now = (_stamp(os.fstat(self._handle)), _stamp(Path(self.path).stat()))
+        except OSError as error:
+            raise FluxsplitError(f"{self.path} went away during the run: {error.strerror}", _CHANGED_HINT) from None
+        if now != (self._stamp, self._stamp):
+            raise FluxsplitError(f"{self.path} was changed during the run", _CHANGED_HINT)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` with the file's bytes from `start`; raises FluxsplitError where the file ends before."""
+        done = 0
+        while done < len(buffer):
+            try:
+                got = self._pread(buffer[done:], start + done)
+            except OSError as error:
+                raise FluxsplitError(f"cannot read {self.path}: {error.strerror}", "check the disk") from error
+            if not got:
+                raise FluxsplitError(f"{self.path} was cut short during the run", _CHANGED_HINT)
+            done += got
+
+    def _pread(self, buffer: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._handle, [buffer], start)
+        with self._at_once:
+            os.lseek(self._handle, start, os.SEEK_SET)
+            data = os.read(self._handle, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def bytes_at(self, start: int, stop: int) -> torch.Tensor:
         """Bytes start..stop of the file as a uint8 view; must not be written to."""
@@ -47,9 +106,36 @@ class WeightFile:
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the kernel to read these bytes ahead; does nothing where it cannot be asked."""
-        if hasattr(mmap, "MADV_WILLNEED"):
+        self._advise("MADV_WILLNEED", start, stop)
+
+    def map_pages(self, start: int, stop: int) -> None:
+        """Read these bytes and map their pages (Linux 5.14); does nothing where the kernel cannot. Lets others run."""
+        if sys.platform == "linux":
+            address = self.bytes_at(0, 1).data_ptr()
+            for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES):
+                if _madvise(address + at, min(POPULATE_BYTES, stop - at), MADV_POPULATE_READ):
+                    return
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Unmap these bytes and let the kernel forget the pages that lie in them whole."""
+        self._advise("MADV_DONTNEED", start, stop)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handle, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+    def _advise(self, name: str, start: int, stop: int) -> None:
+        if hasattr(mmap, name):
             page = start - start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, stop - page)
+            self._map.madvise(getattr(mmap, name), page, stop - page)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _madvise(address: int, count: int, advice: int) -> int:
+    """As mmap.madvise, but without holding the interpreter while the disk is read."""
+    return int(_libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(count), ctypes.c_int(advice)))
 
 
 class WeightFiles:
@@ -57,6 +143,11 @@ class WeightFiles:
 
     def __init__(self) -> None:
         self._files: dict[str, WeightFile] = {}
+
+    def check_unchanged(self) -> None:
+        """Raise FluxsplitError where any of the files was changed since it was opened."""
+        for file in self._files.values():
+            file.check_unchanged()
 
     def open(self, path: str) -> WeightFile:
         """The map of `path`."""
@@ -87,27 +178,62 @@ class WeightFiles:
         return value
 
 
+class Scratch:
+    """One buffer for the matrix that is multiplied with now; the layers of a model take turns."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def matrix(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An uninitialised matrix; whatever was taken before is overwritten. Grows to the largest asked for."""
+        count = math.prod(shape) * dtype.itemsize
+        if count > self._bytes.numel() or device != self._bytes.device:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # gone before its successor is there
+            self._bytes = torch.empty(count, dtype=torch.uint8, device=device)
+        return self._bytes[:count].view(dtype).view(shape)
+
+
 class StoredLinear(nn.Module):
     """A Linear whose matrix stays as stored and is expanded to the input's dtype at each use."""
 
     weight = None  # T5's feed-forward asks whether it is a tensor, to cast its input to it
 
-    def __init__(self, name: str, stored: torch.Tensor, scale: float | None, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        stored: torch.Tensor,
+        scale: float | None,
+        bias: torch.Tensor | None,
+        span: Span | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.stored = stored  # [out, in]
         self.scale = scale
         self.bias = bias  # [out], in the compute dtype
+        self.span = span  # where the matrix is in its file; None where it is in no one piece
+        self._scratch = scratch or Scratch()
         self._checked = stored.dtype not in fp8.FLOAT8
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out], in x's dtype."""
-        return F.linear(x, self.expanded(x.dtype, x.device), self.bias)
+        self._check()
+        factor = 1.0 if self.scale is None else self.scale
+        if self.stored.dtype == x.dtype and self.stored.device == x.device and factor == 1.0:
+            return F.linear(x, self.stored, self.bias)
+        matrix = self._scratch.matrix(self.stored.shape, x.dtype, x.device)
+        if self.stored.dtype in fp8.FLOAT8:
+            fp8.expand_into(self.stored.to(x.device), matrix, factor)
+        else:
+            matrix.copy_(self.stored)
+            if factor != 1.0:
+                matrix.mul_(factor)
+        return F.linear(x, matrix, self.bias)
 
-    def move(self, device: torch.device) -> int:
-        """Keep the matrix on `device` from now on; returns its bytes."""
+    def move(self, device: torch.device) -> None:
+        """Keep the matrix on `device` from now on."""
         self.stored = self.stored.to(device)
-        return self.stored.nbytes
 
     def make_dense(self, dtype: torch.dtype, device: torch.device) -> None:
         """Expand the matrix for good."""
@@ -116,11 +242,15 @@ class StoredLinear(nn.Module):
 
     def expanded(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The matrix [out, in] in `dtype` on `device`; a copy unless it is stored so."""
+        self._check()
+        return _expand(self.stored.to(device), dtype, self.scale)
+
+    def _check(self) -> None:
+        """Once, as the expansion makes numbers of NaN codes."""
         if not self._checked:
             if fp8.has_nonfinite(self.stored):
                 raise FluxsplitError(f"{self.name} holds NaN or infinity", "the file is damaged; download it again")
             self._checked = True
-        return _expand(self.stored.to(device), dtype, self.scale)
 
 
 class StoredEmbedding(nn.Module):
@@ -163,6 +293,7 @@ def fill(module: nn.Module, part: Part, files: WeightFiles, dtype: torch.dtype, 
     Raises FluxsplitError naming parameters that are missing, left over or of another shape.
     """
     _check_names(module, part)
+    scratch = Scratch()
 
     def small(name: str, parameter: torch.Tensor) -> torch.Tensor:
         """A bias, norm or convolution in the compute dtype, copied out of the map."""
@@ -178,7 +309,8 @@ def fill(module: nn.Module, part: Part, files: WeightFiles, dtype: torch.dtype, 
             _check_shape(f"{path}.weight", child.weight.shape, source)
             bias = small(f"{path}.bias", child.bias) if child.bias is not None else None
             stored = files.stored(source).view(child.weight.shape)
-            module.set_submodule(path, StoredLinear(path, stored, files.scale(source), bias))
+            linear = StoredLinear(path, stored, files.scale(source), bias, _span(source), scratch)
+            module.set_submodule(path, linear)
         elif isinstance(child, nn.Embedding):
             source = part.sources[f"{path}.weight"]
             _check_shape(f"{path}.weight", child.weight.shape, source)
@@ -191,16 +323,17 @@ def fill(module: nn.Module, part: Part, files: WeightFiles, dtype: torch.dtype, 
     module.eval()
 
 
-def keep_resident(module: nn.Module, device: torch.device, budget_bytes: int) -> int:
-    """Copy matrices to `device`, in order, while they fit the budget; the rest are brought in at each use.
+def _span(source: Source) -> Span | None:
+    """Where a matrix is in its file, if it is there in one piece."""
+    if len(source.runs) != 1:
+        return None
+    (first, last), info = source.runs[0], source.tensor
+    row_bytes = (info.end - info.start) // max(1, info.shape[0])
+    return Span(source.path, info.start + first * row_bytes, info.start + last * row_bytes)
 
-    Returns the bytes that stay.
-    """
-    kept = 0
-    for child in module.modules():
-        if isinstance(child, StoredLinear) and kept + child.stored.nbytes <= budget_bytes:
-            kept += child.move(device)
-    return kept
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check_names(module: nn.Module, part: Part) -> None:

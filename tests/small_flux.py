@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import FluxTransformer2DModel  # noqa: F401  before our rooms, as conftest.py has it believe in accelerate
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ import synthetic_checkpoint
 from fluxsplit import stage_sample
 from fluxsplit.events import Events
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
+from fluxsplit.placement import plan_job
 from synthetic_checkpoint import TINY, Dimensions
 
 CONFIG = {"fluxsplit.config": json.dumps({"transformer": {"axes_dims_rope": [8, 12, 12]}})}
@@ -55,12 +57,22 @@ def image(conditioning: str, seed: int = 1, size: tuple[int, int] = (48, 32), **
 
 
 def sample(
-    path: Path, images: list[ImageJob], out: Path, dtype: str = "fp32", **job: Any
+    path: Path, images: list[ImageJob], out: Path, dtype: str = "fp32", plan: dict[str, Any] | None = None, **job: Any
 ) -> tuple[list[torch.Tensor], Recorder]:
-    """Latents [1, 16, h, w] in the order in which they were written, and what the stage said."""
+    """Latents [1, 16, h, w] in the order in which they were written, and what the stage said.
+
+    `plan` changes fields of the plan, which for so small a model would always be the same. All advance together.
+    """
     recorder = Recorder()
     files = ModelFiles(str(path))
-    stage_sample.run(SampleJob(tuple(images), files, str(out), "safetensors", dtype, "cpu", **job), recorder)
+    changes = {"together": len(images), **(plan or {})}
+
+    def planned(*arguments: Any) -> Any:
+        return replace(plan_job(*arguments), **changes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_sample, "plan_job", planned)
+        stage_sample.run(SampleJob(tuple(images), files, str(out), "safetensors", dtype, "cpu", **job), recorder)
     return [load_file(result["path"])["latents"] for result in recorder.of("result")], recorder
 
 

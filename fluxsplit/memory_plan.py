@@ -1,0 +1,338 @@
+"""What stays, what streams and how long a step takes, worked out from sizes before anything is loaded.
+
+On a card, a budget pays first for what every run needs: small weights, the scratch matrix, the activations of the
+largest picture, the hidden states of the pictures that advance together. What is left holds blocks. If not all of
+them fit, two slots take their turns instead, and single blocks stream before double ones: they are smaller, so that
+the slots are, and do more work for each byte, so that there is more to hide the transfer behind. Those that stream
+are spread evenly among those that stay, for the same reason.
+
+On a CPU the blocks are in the page cache, which costs none of the budget. `resident` are those that fit into the RAM
+that the budget leaves; the pages of the others are given back after use, so that they do not push those out.
+
+Activations are modelled as bytes for each token and hidden channel, fitted to measured peaks; see
+`scripts/bench_plan.py` for how well that holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from fluxsplit.checkpoint import Part, Source
+from fluxsplit.errors import UsageError
+from fluxsplit.memory import DeviceInfo
+
+MAX_TOGETHER = 16
+"""Pictures in one pass: with so many, what is streamed hardly counts any more."""
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PIECES, PIECE_BYTES = 4, 32 << 20
+"""Pinned pieces of RAM that a card's blocks travel through."""
+CPU_BASE_BYTES = 330_000_000
+"""Anonymous memory of a stage before it has a weight: the interpreter, torch and diffusers."""
+CARD_BASE_BYTES = 120_000_000
+"""Of the allocator on a card: libraries' workspaces and rounding."""
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SCORE_BYTES = 256_000_000
+"""Largest piece of a score matrix where attention is computed in chunks of queries."""
+CACHE_MARGIN = 0.95
+ELEMENTWISE = 8.0
+"""Times through the mixture that `rates` measures, for each token and channel of a block; fitted."""
+_ACTIVATION = {4: 60.0, 2: 44.0}
+"""Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block as the file's header shows it."""
+
+    name: str
+    """`double 3`, `single 17`."""
+    bytes: int
+    """Of its matrices, as stored."""
+    elements: int
+    """Stored as float8, to be expanded at each use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a plan has to know of a transformer; all from its header."""
+
+    blocks: tuple[Block, ...]
+    hidden: int
+    head: int
+    small_bytes: int
+    """Matrices outside the blocks, as stored."""
+    small_elements: int
+    """Biases and norms, held in the compute dtype."""
+    largest_elements: int
+    """Of the largest matrix that has to be expanded; 0 where all are stored in the compute dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be computed: the pictures of one command."""
+
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height in pixels of each picture, one entry each."""
+    text_tokens: int
+    forwards: int = 1
+    """For each picture and prediction: 2 with true guidance."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where everything goes, and what that costs."""
+
+    device: str
+    """`cpu`, `cuda` or `hip`."""
+    budget_bytes: int
+    resident: tuple[int, ...]
+    """Numbers of the blocks that stay, doubles first."""
+    streamed: tuple[int, ...]
+    resident_bytes: int
+    streamed_bytes: int
+    """Moved in every pass."""
+    slots: int
+    """Device memory for blocks in turn; 0 where nothing is copied, 1 where reading and computing take turns."""
+    slot_bytes: int
+    pinned_bytes: int
+    """RAM that the copies go through."""
+    base_bytes: int
+    """Libraries, small weights."""
+    scratch_bytes: int
+    """The expanded matrix."""
+    activation_bytes: int
+    state_bytes: int
+    """Hidden states of the pictures that advance together."""
+    query_chunk: int | None
+    """Rows of attention computed at once; None where a fused kernel does it."""
+    together: int
+    """Pictures in one pass."""
+    peak_bytes: int
+    """Predicted: of the device's memory, of anonymous RAM on a CPU."""
+    smallest_bytes: int
+    """The smallest budget that works."""
+    step_s: float | None
+    """Predicted for one step of one picture, the pictures of a pass sharing what is streamed; None where unknown."""
+    limit: str
+    """What a step waits for: compute, bus or disk; empty where unknown."""
+
+    def text(self) -> str:
+        """One line for people."""
+        total = len(self.resident) + len(self.streamed)
+        verb = "cached" if self.device == "cpu" else "resident"
+        return (
+            f"{len(self.resident)} of {total} blocks {verb}, {self.together} at once, "
+            f"{self.peak_bytes / 1e9:.2f} GB of {self.budget_bytes / 1e9:.2f} GB"
+        )
+
+
+def read_model(part: Part, dtype: str) -> Model:
+    """The sizes of a transformer that is computed in `dtype` (fp32, bf16 or fp16)."""
+    found: dict[tuple[str, int], list[Source]] = {}
+    rest: list[Source] = []
+    for name, source in part.sources.items():
+        stack, _, after = name.partition(".")
+        if stack in ("transformer_blocks", "single_transformer_blocks") and _is_matrix(source):
+            found.setdefault((stack, int(after.partition(".")[0])), []).append(source)
+        else:
+            rest.append(source)
+    keys = sorted(found, key=lambda key: (key[0] != "transformer_blocks", key[1]))
+    blocks = tuple(_block(key, found[key]) for key in keys)
+    expanded = [source for sources in found.values() for source in sources if _is_expanded(source, dtype)]
+    return Model(
+        blocks,
+        hidden=part.shape("x_embedder.weight")[0],
+        head=part.shape("transformer_blocks.0.attn.norm_q.weight")[0],
+        small_bytes=sum(_stored_bytes(source) for source in rest if _is_matrix(source)),
+        small_elements=sum(math.prod(source.shape) for source in part.sources.values() if not _is_matrix(source)),
+        largest_elements=max((math.prod(source.shape) for source in expanded), default=0),
+    )
+
+
+def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int, dtype: str) -> MemoryPlan:
+    """The plan that is fastest within the budget; raises UsageError, with the smallest that works, if there is none.
+
+    Pure arithmetic: the same arguments give the same plan.
+    """
+    count = len(work.sizes)
+    least = _plan(model, work, device, 0, dtype, 1, tuple(range(len(model.blocks))), 1)
+    if least.peak_bytes > budget_bytes:
+        need, given = f"{_ceil_mb(least.peak_bytes)}M", f"{budget_bytes / 1e9:.2f} GB"
+        largest = max(work.sizes, key=lambda size: size[0] * size[1])
+        raise UsageError(
+            f"{largest[0]}x{largest[1]} needs at least {least.peak_bytes / 1e9:.2f} GB, the budget is {given}",
+            f"give --vram {need} or more, or a smaller --size",
+        )
+    for streamed, slots in _choices(model, device, budget_bytes, least):
+        alone = not streamed
+        for together in [1] if alone else range(min(count, MAX_TOGETHER), 0, -1):
+            plan = _plan(model, work, device, budget_bytes, dtype, together, streamed, slots)
+            if plan.peak_bytes <= budget_bytes and (alone or together >= min(count, 2) or slots == 1):
+                return _with_smallest(plan, least.peak_bytes)
+    return _with_smallest(_plan(model, work, device, budget_bytes, dtype, 1, least.streamed, 1), least.peak_bytes)
+
+
+def smaller_budget(plan: MemoryPlan) -> int | None:
+    """The budget to try after a plan ran out of memory; None where there is nothing left to give up."""
+    target = int(min(plan.budget_bytes, plan.peak_bytes) * 0.75)
+    if target >= plan.smallest_bytes:
+        return target
+    return plan.smallest_bytes if plan.peak_bytes > 1.02 * plan.smallest_bytes else None
+
+
+def _choices(
+    model: Model, device: DeviceInfo, budget_bytes: int, least: MemoryPlan
+) -> Iterable[tuple[tuple[int, ...], int]]:
+    """Sets of blocks that stream, the smallest first, with the number of slots."""
+    if device.kind == "cpu":
+        yield _not_cached(model, device, min(budget_bytes, least.peak_bytes)), 0
+        return
+    yield (), 0
+    singles = [n for n, block in enumerate(model.blocks) if block.name.startswith("single")]
+    doubles = [n for n, block in enumerate(model.blocks) if block.name.startswith("double")]
+    for count in range(1, len(singles) + 1):
+        yield _spread(singles, count), 2
+    for count in range(1, len(doubles) + 1):
+        yield tuple(sorted((*singles, *_spread(doubles, count)))), 2
+    yield tuple(range(len(model.blocks))), 1
+
+
+def _not_cached(model: Model, device: DeviceInfo, anonymous_bytes: int) -> tuple[int, ...]:
+    """The blocks that do not fit into what is left of RAM as page cache."""
+    room = int((device.free_bytes - anonymous_bytes) * CACHE_MARGIN) - model.small_bytes
+    every = list(range(len(model.blocks)))
+    for count in range(len(every) + 1):
+        streamed = _spread(every, count)
+        if sum(model.blocks[n].bytes for n in every if n not in streamed) <= room:
+            return streamed
+    return tuple(every)
+
+
+def _spread(numbers: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` of the numbers, evenly spaced."""
+    return tuple(numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count))
+
+
+def _plan(
+    model: Model,
+    work: Work,
+    device: DeviceInfo,
+    budget_bytes: int,
+    dtype: str,
+    together: int,
+    streamed: tuple[int, ...],
+    slots: int,
+) -> MemoryPlan:
+    size, on_cpu = DTYPE_BYTES[dtype], device.kind == "cpu"
+    resident = tuple(n for n in range(len(model.blocks)) if n not in set(streamed))
+    resident_bytes = sum(model.blocks[n].bytes for n in resident)
+    slot_bytes = 0 if on_cpu else max((model.blocks[n].bytes for n in streamed), default=0)
+    slots = 0 if on_cpu or not streamed else slots
+    tokens = sorted((_tokens(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
+    chunk = _query_chunk(model, tokens[0], size, device)
+    base = CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes
+    base += model.small_elements * size
+    scratch = model.largest_elements * size
+    activation = _activation_bytes(model, tokens[0], size, chunk)
+    state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
+    held = base + scratch + activation + state
+    peak = held if on_cpu else held + resident_bytes + slots * slot_bytes
+    streamed_bytes = sum(model.blocks[n].bytes for n in streamed)
+    step_s, limit = _step(model, tokens, work.forwards, device, streamed_bytes, together)
+    return MemoryPlan(
+        device=device.kind,
+        budget_bytes=budget_bytes,
+        resident=resident,
+        streamed=tuple(sorted(streamed)),
+        resident_bytes=resident_bytes,
+        streamed_bytes=streamed_bytes,
+        slots=slots,
+        slot_bytes=slot_bytes,
+        pinned_bytes=0 if on_cpu else PIECES * PIECE_BYTES,
+        base_bytes=base,
+        scratch_bytes=scratch,
+        activation_bytes=activation,
+        state_bytes=state,
+        query_chunk=chunk,
+        together=together,
+        peak_bytes=peak,
+        smallest_bytes=peak,
+        step_s=step_s,
+        limit=limit,
+    )
+
+
+def _with_smallest(plan: MemoryPlan, smallest_bytes: int) -> MemoryPlan:
+    return replace(plan, smallest_bytes=smallest_bytes)
+
+
+def _tokens(width: int, height: int, text_tokens: int) -> int:
+    return -(-width // 16) * -(-height // 16) + text_tokens
+
+
+def _activation_bytes(model: Model, tokens: int, size: int, chunk: int | None) -> int:
+    scores = 0 if chunk is None else 3 * chunk * tokens * (model.hidden // model.head) * size
+    return int(tokens * model.hidden * _ACTIVATION[size]) + scores
+
+
+def _state_bytes(model: Model, tokens: int, size: int) -> int:
+    """Image and text states in the compute dtype, and the fp32 cosines and sines of their positions."""
+    return tokens * (model.hidden * size + 2 * 4 * model.head)
+
+
+def _query_chunk(model: Model, tokens: int, size: int, device: DeviceInfo) -> int | None:
+    """Rows of the score matrix at once, in multiples of 64, where no fused kernel keeps it to itself."""
+    if device.fused_attention:
+        return None
+    row_bytes = tokens * (model.hidden // model.head) * size
+    return max(64, min(tokens, SCORE_BYTES // row_bytes // 64 * 64))
+
+
+def _step(
+    model: Model, tokens: Sequence[int], forwards: int, device: DeviceInfo, streamed_bytes: int, together: int
+) -> tuple[float | None, str]:
+    """Seconds of one step of one picture in a pass of `together`, and what they are spent on."""
+    if device.flops_per_s is None:
+        return None, ""
+    compute = forwards * sum(_compute_s(model, count, device) for count in tokens[:together])
+    rates = {"bus": device.bus_bytes_per_s, "disk": device.disk_bytes_per_s if device.kind == "cpu" else None}
+    times = {"compute": compute} | {name: streamed_bytes / rate for name, rate in rates.items() if rate}
+    limit = max(times, key=lambda name: times[name])
+    return times[limit] / together, limit
+
+
+def _compute_s(model: Model, tokens: int, device: DeviceInfo) -> float:
+    """Products, attention, expansion and elementwise work of one forward."""
+    assert device.flops_per_s is not None
+    hidden, blocks = model.hidden, len(model.blocks)
+    products = 24 * hidden**2 * tokens * blocks / device.flops_per_s
+    attention = 4 * tokens**2 * hidden * blocks / (device.attention_flops_per_s or device.flops_per_s)
+    elements = sum(block.elements for block in model.blocks)
+    expansion = elements / device.expand_elements_per_s if device.expand_elements_per_s else 0.0
+    values = ELEMENTWISE * tokens * hidden * blocks
+    return products + attention + expansion + (values / device.elementwise_per_s if device.elementwise_per_s else 0.0)
+
+
+def _block(key: tuple[str, int], sources: list[Source]) -> Block:
+    elements = sum(math.prod(source.shape) for source in sources if source.dtype in _FLOAT8)
+    kind = "double" if key[0] == "transformer_blocks" else "single"
+    return Block(f"{kind} {key[1]}", sum(_stored_bytes(source) for source in sources), elements)
+
+
+def _is_matrix(source: Source) -> bool:
+    return len(source.shape) == 2
+
+
+def _is_expanded(source: Source, dtype: str) -> bool:
+    return source.dtype.lower() != dtype.replace("fp", "f") or source.scale is not None
+
+
+def _stored_bytes(source: Source) -> int:
+    return math.prod(source.shape) * _BYTES.get(source.dtype, 1)
+
+
+def _ceil_mb(count: int) -> int:
+    return -(-count // 1_000_000)

@@ -1,0 +1,105 @@
+"""Plans a sample job for the device at hand, and carries the plan out: who brings which blocks where."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict
+
+import torch
+
+from fluxsplit.checkpoint import Part
+from fluxsplit.device import DTYPE_NAMES, device_info
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.events import Events
+from fluxsplit.jobs import SampleJob
+from fluxsplit.memory import budget_bytes
+from fluxsplit.memory_plan import (
+    PIECE_BYTES,
+    PIECES,
+    MemoryPlan,
+    Work,
+    plan_memory,
+    read_model,
+    smaller_budget,
+)
+from fluxsplit.rates import with_rates
+from fluxsplit.read_ahead import ReadAhead
+from fluxsplit.safetensor_header import read_header
+from fluxsplit.streaming import Streaming
+from fluxsplit.transformer import Flux
+from fluxsplit.weights import StoredLinear, WeightFiles
+
+MIN_TEXT_TOKENS = 256
+WORTH_MEASURING_BYTES = 1 << 30
+"""Blocks of this size take seconds a step; what is smaller is over before it could be predicted."""
+
+
+def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
+    """The plan of a job on this device as it is now; raises UsageError where the budget is too small for it."""
+    model, work = read_model(part, DTYPE_NAMES[dtype]), work_of(job)
+    info = device_info(device)
+    if sum(block.bytes for block in model.blocks) >= WORTH_MEASURING_BYTES:
+        info = with_rates(info, device, dtype, model.hidden, model.head, _tokens(work))
+    return plan_memory(model, work, info, budget_bytes(job.vram, info), DTYPE_NAMES[dtype])
+
+
+def tell_plan(plan: MemoryPlan, events: Events) -> None:
+    """The plan as an event, with the fields of the job that a next try is to have in case memory runs out."""
+    smaller = smaller_budget(plan)
+    again = None if smaller is None else {"vram": str(smaller), "retried": plan.text()}
+    events.send("plan", **asdict(plan), text=plan.text(), smaller=again)
+
+
+def work_of(job: SampleJob) -> Work:
+    """The sizes of a job's pictures and the longest of its texts."""
+    names = {image.conditioning for image in job.images} | {image.negative_conditioning for image in job.images}
+    return Work(
+        sizes=tuple((image.width, image.height) for image in job.images),
+        text_tokens=max((_text_tokens(name) for name in names if name), default=MIN_TEXT_TOKENS),
+        forwards=2 if any(image.cfg != 1 for image in job.images) else 1,
+    )
+
+
+def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> Streaming | ReadAhead:
+    """Bring what stays to where it stays, and return who brings the rest."""
+    told = _Load(events, plan.resident_bytes + plan.streamed_bytes)
+    if flux.device.type == "cpu":
+        return ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read)
+    inside = {id(child) for block in flux.blocks for child in block.modules()}
+    for child in flux.module.modules():
+        if isinstance(child, StoredLinear) and id(child) not in inside:
+            child.move(flux.device)
+    return Streaming(
+        flux.blocks,
+        files,
+        flux.device,
+        resident=frozenset(plan.resident),
+        slots=plan.slots,
+        pieces=PIECES,
+        piece_bytes=PIECE_BYTES,
+        ahead=plan.slots > 1,
+        on_read=told.read,
+    )
+
+
+class _Load:
+    """Tells how much of the weights was read the first time through."""
+
+    def __init__(self, events: Events, total_bytes: int) -> None:
+        self._events, self._total, self._done = events, total_bytes, 0
+
+    def read(self, count: int) -> None:
+        if self._done < self._total:
+            self._done = min(self._total, self._done + count)
+            self._events.send("load", what="transformer", done_bytes=self._done, total_bytes=self._total)
+
+
+def _tokens(work: Work) -> int:
+    return max(-(-width // 16) * -(-height // 16) for width, height in work.sizes) + work.text_tokens
+
+
+def _text_tokens(path: str) -> int:
+    """Of a conditioning file; one that cannot be read is reported when its picture is made."""
+    with contextlib.suppress(FluxsplitError, KeyError, IndexError):
+        return read_header(path).tensors["t5"].shape[1]
+    return MIN_TEXT_TOKENS

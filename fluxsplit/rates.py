@@ -1,0 +1,78 @@
+"""How fast this device multiplies, attends, expands and copies, measured in a moment on the shapes that come.
+
+A table of graphics cards would be wrong for the next one, and for every laptop that runs hot. A third of a second at
+the start of a step that takes several is what a prediction costs instead.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from fluxsplit import fp8
+from fluxsplit.memory import DeviceInfo
+
+MEASURE_S = 0.05
+"""For each rate."""
+MAX_TOKENS = 1024
+BUS_BYTES = 32 << 20
+
+
+@torch.inference_mode()
+def with_rates(
+    info: DeviceInfo, device: torch.device, dtype: torch.dtype, hidden: int, head: int, tokens: int
+) -> DeviceInfo:
+    """`info` with the rates of products of `hidden` channels, of attention, expansion, elementwise work and the bus."""
+    rows = max(64, min(tokens, MAX_TOKENS))
+    x = torch.zeros(rows, hidden, dtype=dtype, device=device)
+    matrix = torch.zeros(3 * hidden, hidden, dtype=dtype, device=device)
+    bias = torch.zeros(3 * hidden, dtype=dtype, device=device)
+    products_s = _seconds(lambda: F.linear(x, matrix, bias), device)
+    codes = torch.zeros(hidden, 3 * hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    expand_s = _seconds(lambda: fp8.expand_into(codes, matrix.view(codes.shape)), device)
+    heads = x.view(1, rows, hidden // head, head).transpose(1, 2)
+    attention_s = _seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads), device)
+    wide = torch.zeros(rows, hidden, dtype=torch.float32, device=device)
+    mixed_s = _seconds(lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x, device)
+    return replace(
+        info,
+        flops_per_s=2 * rows * hidden * 3 * hidden / products_s,
+        attention_flops_per_s=4 * rows**2 * hidden / attention_s,
+        expand_elements_per_s=3 * hidden**2 / expand_s,
+        elementwise_per_s=rows * hidden / mixed_s,
+        bus_bytes_per_s=None if device.type == "cpu" else _bus(device),
+    )
+
+
+def _bus(device: torch.device) -> float:
+    try:
+        here = torch.empty(BUS_BYTES, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        here = torch.empty(BUS_BYTES, dtype=torch.uint8)
+    there = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
+    return BUS_BYTES / _seconds(lambda: there.copy_(here, non_blocking=True), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The quickest of several runs, the first not counted."""
+    best, began_s = math.inf, time.perf_counter()
+    run()
+    while True:
+        _wait(device)
+        started_s = time.perf_counter()
+        run()
+        _wait(device)
+        now_s = time.perf_counter()
+        best = min(best, now_s - started_s)
+        if now_s - began_s > MEASURE_S:
+            return max(best, 1e-9)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,99 @@
+"""Weights on a CPU: computed from the page cache as they are mapped, asked for ahead, given back where RAM is short.
+
+Copying what is in the page cache already into memory of our own would cost as much memory again and time on top. A
+thread asks the kernel for the next blocks instead and maps their pages, so that the computation meets no fault.
+Where the plan says that not all blocks fit into RAM, the pages of those that do not are given back after use: the
+kernel would otherwise throw out the least recently used ones, which in a cycle are the very next ones needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.streaming import Layout, OnRead, layout
+from fluxsplit.weights import WeightFiles
+
+BLOCKS_AHEAD = 2
+
+
+class ReadAhead:
+    """A loader for blocks whose matrices are views of a map."""
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], files: WeightFiles, streamed: frozenset[int], on_read: OnRead
+    ) -> None:
+        """`streamed` are the blocks that do not stay in the page cache; `on_read` is told what is asked for."""
+        self._files, self._streamed, self._on_read = files, streamed, on_read
+        self._layouts = [layout(block) for block in blocks]
+        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._asked: set[int] = set()
+        self._seen: set[int] = set()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._read, name="weights reader", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def brought_in(self, number: int) -> Iterator[None]:
+        """While it is entered, block `number` can be computed; the next two are asked for.
+
+        Raises FluxsplitError where the file is not the one that was opened, or the reader has ended.
+        """
+        self._files.check_unchanged()
+        for following in range(number, number + BLOCKS_AHEAD + 1):
+            self._ask(following % len(self._layouts))
+        if self._failure is not None or not self._thread.is_alive():
+            raise _ended(self._failure)
+        yield
+        self._asked.discard(number)
+        if number in self._streamed:
+            for path, start, stop in spans(self._layouts[number]):
+                self._files.open(path).give_back(start, stop)
+        else:
+            self._seen.add(number)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._wanted.put(None)
+        self._thread.join(timeout=30)
+
+    def _ask(self, number: int) -> None:
+        if number not in self._asked and number not in self._seen:
+            self._asked.add(number)
+            self._wanted.put(number)
+
+    def _read(self) -> None:
+        try:
+            while (number := self._wanted.get()) is not None:
+                ranges = spans(self._layouts[number])
+                for path, start, stop in ranges:
+                    self._files.open(path).will_need(start, stop)
+                for path, start, stop in ranges:
+                    self._files.open(path).map_pages(start, stop)
+                self._on_read(sum(stop - start for _, start, stop in ranges))
+        except BaseException as error:  # told to the computation, which looks before each block
+            self._failure = error
+
+
+def spans(layout: Layout) -> list[tuple[str, int, int]]:
+    """The block's byte ranges, neighbours joined."""
+    found = sorted((place.span.path, place.span.start, place.span.stop) for place in layout.places)
+    joined: list[tuple[str, int, int]] = []
+    for path, start, stop in found:
+        if joined and joined[-1][0] == path and joined[-1][2] == start:
+            joined[-1] = (path, joined[-1][1], stop)
+        else:
+            joined.append((path, start, stop))
+    return joined
+
+
+def _ended(failure: BaseException | None) -> FluxsplitError:
+    if isinstance(failure, FluxsplitError):
+        return failure
+    how = f" by {type(failure).__name__} {failure}".rstrip() if failure is not None else ""
+    return FluxsplitError(f"the thread that reads the weights was ended{how}", "run it again with --debug")
