@@ -152,6 +152,7 @@ def sample(
     save_conditioning: SaveConditioning = None,
     cache: Cache = None,
     dtype: Dtype = None,
+    vram: Vram = None,
     device: Device = None,
     out: LatentsOut = None,
     format: LatentFormat = None,

@@ -29,9 +29,11 @@ from fluxsplit.conditioning_cache import Encoders, encoders_of
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob, TextJob, absolute
+from fluxsplit.memory import check_budget
 from fluxsplit.models import Wanted, resolve
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS
+from fluxsplit.retry import events_with_retry
 from fluxsplit.safetensor_header import read_header
 
 DEFAULT_SIZE = "1024x1024"
@@ -54,6 +56,7 @@ class Plan:
     dtype: str
     device: str
     notes: tuple[str, ...]
+    vram: str = "auto"
     peek: bool = False
     peek_steps: bool = False
     cache: bool = True
@@ -84,6 +87,7 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
         dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
         device=check_device(values.get("device", "auto")),
         notes=tuple(notes),
+        vram=check_budget(str(values.get("vram", "auto"))),
         peek=bool(values.get("peek", False)),
         peek_steps=bool(values.get("peek_steps", False)),
         cache=bool(values.get("cache", True)),
@@ -120,8 +124,8 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
             for event in text_stage.events():
                 if event["event"] != "result":
                     progress.show(event)
-        sample_stage.submit(_sample_job(plan, ready | places))
-        for event in sample_stage.events():
+        job = _sample_job(plan, ready | places)
+        for event in events_with_retry(sample_stage, job, progress.note):
             (on_result if on_result and event["event"] == "result" else progress.show)(event)
         _keep(plan, places)
     return 1 if progress.failures else 0
@@ -170,7 +174,9 @@ def _sample_job(plan: Plan, places: dict[str, str]) -> SampleJob:
         )
         for image in plan.images
     )
-    return SampleJob(images, plan.files, plan.out, plan.format, plan.dtype, plan.device, plan.peek, plan.peek_steps)
+    return SampleJob(
+        images, plan.files, plan.out, plan.format, plan.dtype, plan.device, plan.peek, plan.peek_steps, plan.vram
+    )
 
 
 def _check_contradictions(given: dict[str, Any]) -> None:

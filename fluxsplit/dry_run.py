@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_sample import Plan
 from fluxsplit.defaults import guidance_of, shift_of, steps_of
+from fluxsplit.executor import run_stage
+from fluxsplit.jobs import DeviceJob
+from fluxsplit.memory import DeviceInfo, budget_bytes
+from fluxsplit.memory_plan import MemoryPlan, Model, Work, plan_memory, read_model, text_tokens, tokens_of
 from fluxsplit.progress import bytes_text
 
 _TITLES = {"transformer": "transformer", "text_encoder": "T5", "clip": "CLIP", "vae": "VAE"}
@@ -54,12 +59,37 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "format": plan.format,
         "dtype": plan.dtype,
         "device": plan.device,
+        "vram": plan.vram,
     }
 
 
+def memory_plan(plan: Plan) -> tuple[MemoryPlan, DeviceInfo, Model]:
+    """What the sample stage would plan on this machine as it is now; a process of its own looks at the device.
+
+    Prompts are taken for as long as T5 pads them, which all but the longest are. Raises UsageError where the budget
+    is too small.
+    """
+    part_ = part(plan.files.transformer, "transformer")
+    contents = describe(plan.files.transformer)
+    work = Work(
+        sizes=tuple((image.width, image.height) for image in plan.images),
+        text_tokens=max(text_tokens(image.conditioning) for image in plan.images),
+        forwards=2 if any(image.cfg != 1 for image in plan.images) else 1,
+    )
+    sizes = read_model(part_, "bf16")
+    tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
+    job = DeviceJob(plan.device, plan.dtype, contents.parts["transformer"].parameters, sizes.hidden, sizes.head, tokens)
+    (event,) = [event for event in run_stage("device", job) if event["event"] == "device"]
+    names = {field.name for field in fields(DeviceInfo)}
+    device = DeviceInfo(**{name: value for name, value in event.items() if name in names})
+    model = read_model(part_, event["dtype"])
+    return plan_memory(model, work, device, budget_bytes(plan.vram, device), event["dtype"]), device, model
+
+
 def plan_json(plan: Plan) -> str:
-    """The plan as one line of JSON."""
-    return json.dumps(plan_object(plan))
+    """The plan as one line of JSON, with the memory plan and the device under `memory` and `device_info`."""
+    memory, device, _ = memory_plan(plan)
+    return json.dumps(plan_object(plan) | {"memory": asdict(memory), "device_info": asdict(device)})
 
 
 def print_plan(plan: Plan) -> None:
@@ -69,6 +99,7 @@ def print_plan(plan: Plan) -> None:
     from rich.text import Text  # noqa: PLC0415
 
     shown = plan_object(plan)
+    memory, device, model = memory_plan(plan)
     files = Table("part", "file", "bytes", "holds", title=f"FLUX.1 {shown['variant']}, {shown['layout']}")
     for kind, entry in shown["files"].items():
         holds = ", ".join(f"{count:,} {dtype}" for dtype, count in entry["dtypes"].items())
@@ -83,7 +114,47 @@ def print_plan(plan: Plan) -> None:
     console = Console()
     console.print(files)
     console.print(images)
+    placed = Table("memory", "bytes", "what", title=f"{device.name}, {memory.text()}")
+    for row in memory_rows(memory, model):
+        placed.add_row(*row)
+    console.print(placed)
     console.print(Text(f"into {shown['out']} as {shown['images'][0]['name']}"), soft_wrap=True)
+
+
+def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:
+    """The memory plan as rows of name, bytes and explanation."""
+    on_cpu = memory.device == "cpu"
+    where = "in the page cache" if on_cpu else "on the card"
+    rows = [("blocks that stay", memory.resident_bytes, f"{_blocks(memory.resident, model)} {where}")]
+    if memory.streamed:
+        often = f"once a pass, for {_pictures(memory.together)}"
+        rows.append(("blocks that stream", memory.streamed_bytes, f"{_blocks(memory.streamed, model)}, {often}"))
+    if memory.slots:
+        rows.append(("slots", memory.slots * memory.slot_bytes, f"{memory.slots} of {bytes_text(memory.slot_bytes)}"))
+    if memory.pinned_bytes:
+        rows.append(("pinned RAM", memory.pinned_bytes, "that blocks pass through; not of the budget"))
+    chunk = "" if memory.query_chunk is None else f", attention in chunks of {memory.query_chunk} queries"
+    rows += [
+        ("base", memory.base_bytes, "libraries, small weights"),
+        ("scratch", memory.scratch_bytes, "the matrix that is multiplied with"),
+        ("activations", memory.activation_bytes, f"of the largest picture{chunk}"),
+        ("states", memory.state_bytes, f"between blocks, of {_pictures(memory.together)}"),
+        ("peak", memory.peak_bytes, "predicted" + (", of anonymous RAM" if on_cpu else ", of the card's memory")),
+        ("budget", memory.budget_bytes, f"the smallest that works is {bytes_text(memory.smallest_bytes)}"),
+    ]
+    table = [(name, bytes_text(count), what) for name, count, what in rows]
+    if memory.step_s is not None:
+        table.append(("step", "", f"{memory.step_s:.3g} s predicted, limited by {memory.limit}"))
+    return table
+
+
+def _blocks(numbers: tuple[int, ...], model: Model) -> str:
+    kinds = [model.blocks[number].name.partition(" ")[0] for number in numbers]
+    return " and ".join(f"{kinds.count(kind)} {kind}" for kind in ("double", "single") if kind in kinds) or "none"
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def _file(plan: Plan, kind: str) -> dict[str, Any] | None:

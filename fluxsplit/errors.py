@@ -47,6 +47,15 @@ class OutOfMemory(FluxsplitError):
     exit_code = 4
 
 
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hiperroroutofmemory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, the driver or Python says that memory ran out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | OutOfMemory) or any(word in text for word in _MEMORY_WORDS)
+
+
 ERRORS_BY_EXIT_CODE: dict[int, type[FluxsplitError]] = {
     error.exit_code: error for error in (FluxsplitError, UsageError, ModelFileMissing, OutOfMemory)
 }

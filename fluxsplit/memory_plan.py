@@ -15,13 +15,15 @@ Activations are modelled as bytes for each token and hidden channel, fitted to m
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fluxsplit.checkpoint import Part, Source
-from fluxsplit.errors import UsageError
+from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.memory import DeviceInfo
+from fluxsplit.safetensor_header import read_header
 
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
@@ -36,6 +38,9 @@ _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SCORE_BYTES = 256_000_000
 """Largest piece of a score matrix where attention is computed in chunks of queries."""
+MIN_TEXT_TOKENS = 256
+"""ComfyUI pads to 256 for dev and schnell alike."""
+FLUX_HEAD = 128
 CACHE_MARGIN = 0.95
 ELEMENTWISE = 8.0
 """Times through the mixture that `rates` measures, for each token and channel of a block; fitted."""
@@ -145,7 +150,7 @@ def read_model(part: Part, dtype: str) -> Model:
     return Model(
         blocks,
         hidden=part.shape("x_embedder.weight")[0],
-        head=part.shape("transformer_blocks.0.attn.norm_q.weight")[0],
+        head=_head(part),
         small_bytes=sum(_stored_bytes(source) for source in rest if _is_matrix(source)),
         small_elements=sum(math.prod(source.shape) for source in part.sources.values() if not _is_matrix(source)),
         largest_elements=max((math.prod(source.shape) for source in expanded), default=0),
@@ -231,7 +236,7 @@ def _plan(
     resident_bytes = sum(model.blocks[n].bytes for n in resident)
     slot_bytes = 0 if on_cpu else max((model.blocks[n].bytes for n in streamed), default=0)
     slots = 0 if on_cpu or not streamed else slots
-    tokens = sorted((_tokens(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
+    tokens = sorted((tokens_of(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
     chunk = _query_chunk(model, tokens[0], size, device)
     base = CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes
     base += model.small_elements * size
@@ -269,7 +274,17 @@ def _with_smallest(plan: MemoryPlan, smallest_bytes: int) -> MemoryPlan:
     return replace(plan, smallest_bytes=smallest_bytes)
 
 
-def _tokens(width: int, height: int, text_tokens: int) -> int:
+def text_tokens(conditioning: str) -> int:
+    """Of a conditioning file; where it cannot be read, which is reported when its picture is made, and where there is
+    none yet, as many as T5's shortest text is padded to."""
+    if conditioning:
+        with contextlib.suppress(FluxsplitError, KeyError, IndexError):
+            return read_header(conditioning).tensors["t5"].shape[1]
+    return MIN_TEXT_TOKENS
+
+
+def tokens_of(width: int, height: int, text_tokens: int) -> int:
+    """Image and text tokens of a picture."""
     return -(-width // 16) * -(-height // 16) + text_tokens
 
 
@@ -320,6 +335,12 @@ def _block(key: tuple[str, int], sources: list[Source]) -> Block:
     elements = sum(math.prod(source.shape) for source in sources if source.dtype in _FLOAT8)
     kind = "double" if key[0] == "transformer_blocks" else "single"
     return Block(f"{kind} {key[1]}", sum(_stored_bytes(source) for source in sources), elements)
+
+
+def _head(part: Part) -> int:
+    """Width of an attention head; a file that does not tell is refused when it is loaded."""
+    source = part.sources.get("transformer_blocks.0.attn.norm_q.weight")
+    return source.shape[0] if source is not None and source.shape else FLUX_HEAD
 
 
 def _is_matrix(source: Source) -> bool:

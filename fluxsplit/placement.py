@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
 
 import torch
 
 from fluxsplit.checkpoint import Part
 from fluxsplit.device import DTYPE_NAMES, device_info
-from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
 from fluxsplit.jobs import SampleJob
 from fluxsplit.memory import budget_bytes
@@ -21,15 +19,15 @@ from fluxsplit.memory_plan import (
     plan_memory,
     read_model,
     smaller_budget,
+    text_tokens,
+    tokens_of,
 )
 from fluxsplit.rates import with_rates
 from fluxsplit.read_ahead import ReadAhead
-from fluxsplit.safetensor_header import read_header
 from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux
 from fluxsplit.weights import StoredLinear, WeightFiles
 
-MIN_TEXT_TOKENS = 256
 WORTH_MEASURING_BYTES = 1 << 30
 """Blocks of this size take seconds a step; what is smaller is over before it could be predicted."""
 
@@ -39,7 +37,8 @@ def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtyp
     model, work = read_model(part, DTYPE_NAMES[dtype]), work_of(job)
     info = device_info(device)
     if sum(block.bytes for block in model.blocks) >= WORTH_MEASURING_BYTES:
-        info = with_rates(info, device, dtype, model.hidden, model.head, _tokens(work))
+        tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
+        info = with_rates(info, device, dtype, model.hidden, model.head, tokens)
     return plan_memory(model, work, info, budget_bytes(job.vram, info), DTYPE_NAMES[dtype])
 
 
@@ -55,7 +54,7 @@ def work_of(job: SampleJob) -> Work:
     names = {image.conditioning for image in job.images} | {image.negative_conditioning for image in job.images}
     return Work(
         sizes=tuple((image.width, image.height) for image in job.images),
-        text_tokens=max((_text_tokens(name) for name in names if name), default=MIN_TEXT_TOKENS),
+        text_tokens=max(map(text_tokens, names)),
         forwards=2 if any(image.cfg != 1 for image in job.images) else 1,
     )
 
@@ -92,14 +91,3 @@ class _Load:
         if self._done < self._total:
             self._done = min(self._total, self._done + count)
             self._events.send("load", what="transformer", done_bytes=self._done, total_bytes=self._total)
-
-
-def _tokens(work: Work) -> int:
-    return max(-(-width // 16) * -(-height // 16) for width, height in work.sizes) + work.text_tokens
-
-
-def _text_tokens(path: str) -> int:
-    """Of a conditioning file; one that cannot be read is reported when its picture is made."""
-    with contextlib.suppress(FluxsplitError, KeyError, IndexError):
-        return read_header(path).tensors["t5"].shape[1]
-    return MIN_TEXT_TOKENS

@@ -106,6 +106,7 @@ _SAMPLE: dict[str, Reader] = {
     "sampler": _text,
     "noise_index": _integer,
     "dtype": _text,
+    "vram": _text,
     "out": _text,
     "format": _text,
     "peek": _switch,

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 
 from fluxsplit import checkpoint, defaults, fp8, latents
-from fluxsplit.checkpoint import Contents
+from fluxsplit.checkpoint import Contents, Part
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.conditioning_cache import stamps_in
 from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_dtype
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.errors import FluxsplitError, OutOfMemory, is_out_of_memory
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 from fluxsplit.latent_space import LatentSpace, latent_space
 from fluxsplit.lockstep import Picture, sample_together
-from fluxsplit.memory_plan import MemoryPlan
+from fluxsplit.memory_plan import MemoryPlan, smaller_budget
 from fluxsplit.peek import write_peek
 from fluxsplit.peek_steps import LivePeek
 from fluxsplit.placement import place, plan_job, tell_plan
@@ -47,7 +47,6 @@ class _Model:
     flux: Flux
     files: WeightFiles
     loader: Streaming | ReadAhead
-    plan: MemoryPlan
     contents: Contents
     space: LatentSpace
     stamps: dict[str, Future[WeightsStamp]]
@@ -56,36 +55,59 @@ class _Model:
 def run(job: SampleJob, events: Events) -> None:
     """Sample `job.images`; a picture that fails is reported and the rest go on."""
     with ThreadPoolExecutor(max_workers=1) as hashing:
-        model = _load(job, events, hashing)
-        together = model.plan.together
+        device, dtype = _device_and_dtype(job)
+        part = checkpoint.part(job.files.transformer, "transformer")
+        plan = plan_job(job, part, device, dtype)
+        tell_plan(plan, events)
         try:
-            for first in range(0, len(job.images), together):
-                _sample_group(model, job, range(len(job.images))[first : first + together], events)
-        finally:
+            model = _load(job, part, plan, device, dtype, events, hashing)
+            for first in range(0, len(job.images), plan.together):
+                _sample_group(model, job, range(len(job.images))[first : first + plan.together], events)
             model.loader.close()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory(error, plan) from error
+            raise
 
 
-def _load(job: SampleJob, events: Events, hashing: ThreadPoolExecutor) -> _Model:
+def _out_of_memory(error: Exception, plan: MemoryPlan) -> OutOfMemory:
+    detail = next(iter(str(error).splitlines()), "") or type(error).__name__
+    smaller = smaller_budget(plan)
+    hint = "choose a smaller --size" if smaller is None else f"give --vram {smaller // 10**6}M, or a smaller --size"
+    return OutOfMemory(f"the sample stage ran out of memory with {plan.text()} ({detail[:200]})", hint)
+
+
+def _device_and_dtype(job: SampleJob) -> tuple[torch.device, torch.dtype]:
     device = pick_device(job.device)
     contents = checkpoint.describe(job.files.transformer)
-    part = checkpoint.part(job.files.transformer, "transformer")
     dtype = pick_dtype(job.dtype, device, contents.parts["transformer"].parameters)
     if not fp8.self_test(device, dtype):
         raise FluxsplitError(
             f"{device_name(device)} does not expand float8 exactly in {DTYPE_NAMES[dtype]}", "try another --dtype"
         )
-    plan = plan_job(job, part, device, dtype)
-    tell_plan(plan, events)
+    return device, dtype
+
+
+def _load(
+    job: SampleJob,
+    part: Part,
+    plan: MemoryPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    events: Events,
+    hashing: ThreadPoolExecutor,
+) -> _Model:
     files = WeightFiles()
     flux = Flux(part, files, dtype, device)
     loader = place(plan, flux, files, events)
     flux.loader = loader
+    contents = checkpoint.describe(job.files.transformer)
     vae_config = checkpoint.describe(job.files.vae or job.files.transformer).config.get("vae", {})
     stamps = {
         path: hashing.submit(_stamp, path)
         for path in {job.files.transformer, job.files.text_encoder, job.files.clip} - {""}
     }
-    return _Model(flux, files, loader, plan, contents, latent_space(vae_config), stamps)
+    return _Model(flux, files, loader, contents, latent_space(vae_config), stamps)
 
 
 def _shape(recipe: Recipe) -> tuple[int, int, int, int]:
@@ -100,26 +122,27 @@ def _sample_group(model: _Model, job: SampleJob, numbers: Sequence[int], events:
     """Sample the images of these numbers in lockstep; each is written as soon as it is finished."""
     pictures: dict[int, Picture] = {}
     for number in numbers:
-        with _reporting(job.images[number], events):
+        with _reporting(job, number, events):
             pictures[number] = _picture(model, job.images[number])
     told = _Told(events, pictures, len(job.images))
     recipes = {number: picture.recipe for number, picture in pictures.items()}
     live = LivePeek(job.out, job.files.transformer, model.space, recipes).show if job.peek_steps else None
     for number, latent in sample_together(model.flux, pictures, told.round, live):
-        with _reporting(job.images[number], events):
+        with _reporting(job, number, events):
             if isinstance(latent, FluxsplitError):
                 raise latent
-            _write(model, job, job.images[number], pictures[number].recipe, latent, events)
+            _write(model, job, number, pictures[number].recipe, latent, events)
 
 
 @contextmanager
-def _reporting(image: ImageJob, events: Events) -> Iterator[None]:
+def _reporting(job: SampleJob, number: int, events: Events) -> Iterator[None]:
     """A failure inside is that of one picture."""
     try:
         yield
     except FluxsplitError as error:
+        image = job.images[number]
         item = f"seed {image.seed}: {image.prompt[:60]}"
-        events.send("failed", item=item, message=error.message, hint=error.hint)
+        events.send("failed", number=number, item=item, message=error.message, hint=error.hint)
 
 
 def _picture(model: _Model, image: ImageJob) -> Picture:
@@ -130,18 +153,17 @@ def _picture(model: _Model, image: ImageJob) -> Picture:
     return Picture(recipe, conditioning, negative, starting_point(recipe, preview, model.space))
 
 
-def _write(
-    model: _Model, job: SampleJob, image: ImageJob, recipe: Recipe, latent: torch.Tensor, events: Events
-) -> None:
+def _write(model: _Model, job: SampleJob, number: int, recipe: Recipe, latent: torch.Tensor, events: Events) -> None:
     payload = model.space.to_vae(latent).contiguous().view(torch.uint8).numpy().tobytes()
     model.files.check_unchanged()
+    image = job.images[number]
     stamped = _stamped(recipe, job.files, model.stamps, image.conditioning)
     recipe = replace(stamped, retried=job.retried or None)
     stem = image.stem or _stem(recipe)
     path = latents.write_latent(job.out, stem, payload, _shape(recipe), recipe, format=job.format)
     if job.peek:
         _peek(path, events)
-    events.send("result", path=str(path), recipe=recipe.to_object())
+    events.send("result", number=number, path=str(path), recipe=recipe.to_object())
 
 
 def _peek(path: Path, events: Events) -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 
-from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError, OutOfMemory
+from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError, OutOfMemory, is_out_of_memory
 from fluxsplit.events import Events, read_job
 from fluxsplit.jobs import STAGES, job_from_json
 
@@ -23,7 +23,6 @@ _HEAVY = {
     "peek": "fluxsplit.stage_peek",
     "device": "fluxsplit.stage_device",
 }
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hipErrorOutOfMemory")
 
 
 def main() -> int:
@@ -56,7 +55,7 @@ def as_error(error: BaseException, stage: str) -> FluxsplitError:
     if isinstance(error, FluxsplitError):
         return error
     text = str(error)
-    if isinstance(error, MemoryError) or any(word.lower() in text.lower() for word in _MEMORY_WORDS):
+    if is_out_of_memory(error):
         detail = text.splitlines()[0][:300] if text else "memory ran out"
         return OutOfMemory(f"the {stage} stage ran out of memory: {detail}", "try a smaller --size, or --device cpu")
     return FluxsplitError(

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,20 @@ def main() -> None:
     if not line:
         return
     job = job_from_json(stage, line)
+    if stage == "device":
+        figures = {"free_bytes": 20_000_000_000, "total_bytes": 24_000_000_000}
+        say("device", dtype="fp32", kind="cpu", name="cpu", **figures)
+        say("done", results=0, failures=0)
+        return
     log("job", stage=stage, job=json.loads(line))
     if os.environ.get("FAKE_FAIL") == f"{stage} hangs":
         say("note", text="hanging")
         time.sleep(60)
+    if os.environ.get("FAKE_FAIL") == "sample out of memory once" and stage == "sample" and not job.retried:
+        say("plan", text="a large plan", smaller={"vram": "2000000000", "retried": "a large plan"})
+        sample(replace(job, images=job.images[:1]))
+        say("error", exit_code=4, message="no room", hint="smaller --size", traceback="Traceback of the stage")
+        return
     if os.environ.get("FAKE_FAIL") == f"{stage} out of memory":
         say("error", exit_code=4, message="no room", hint="smaller --size", traceback="Traceback of the stage")
         return
@@ -78,7 +89,7 @@ def sample(job: SampleJob) -> tuple[int, int]:
         shape = (1, 16, image.height // 8, image.width // 8)
         payload = bytes(4 * 16 * shape[2] * shape[3])
         path = write_latent(job.out, image.stem or f"latent-{image.seed}", payload, shape, recipe, format=job.format)
-        say("result", path=str(path), recipe=json.loads(recipe.to_json()))
+        say("result", number=number, path=str(path), recipe=json.loads(recipe.to_json()))
     return len(job.images) - failures, failures
 
 

@@ -345,12 +345,35 @@ def test_json_lines(run: Run) -> None:
 def test_dry_run(run: Run) -> None:
     ran = run("sample", "-p", "a [red] fox", "--seed", "3..4", "--dry-run", "--size", "64x32")
     text = "\n".join(ran.out)
-    assert ran.code == 0 and ran.log == []
+    assert ran.code == 0 and {entry["stage"] for entry in ran.log} == {"device"}
+    assert "blocks that stay" in text and "the smallest that works" in text
     assert "flux-demo.safetensors" in text and "64x32" in text and "a [red] fox" in text and "latents" in text
     plan = json.loads(run("sample", "-p", "a", "--seed", "3", "--dry-run", "--json", "--steps", "7").out[0])
     assert plan["variant"] == "schnell"
     assert plan["images"][0]["seed"] == 3 and plan["images"][0]["steps"] == 7
     assert plan["files"]["transformer"]["dtypes"]
+    assert plan["memory"]["streamed"] == [] and plan["memory"]["peak_bytes"] < plan["memory"]["budget_bytes"]
+
+
+def test_vram(run: Run) -> None:
+    assert run("sample", "-p", "a", "--vram", "8G").job("sample")["vram"] == "8G"
+    assert run("sample", "-p", "a").job("sample")["vram"] == "auto"
+    wrong = run("sample", "-p", "a", "--vram", "lots")
+    assert wrong.code == 2 and "--vram 'lots'" in wrong.err
+    small = run("sample", "-p", "a", "--vram", "1M", "--dry-run", "--size", "1024x512")
+    assert small.code == 2 and "1024x512 needs at least" in small.err and "or more" in small.err
+
+
+def test_out_of_memory_is_tried_once_more_with_less(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a second process, for the pictures that are not there yet; and it stands in the job what had failed."""
+    monkeypatch.setenv("FAKE_FAIL", "sample out of memory once")
+    ran = run("sample", "-p", "a", "--seed", "1..3")
+    assert ran.code == 0 and len(ran.out) == 3
+    assert "no room; trying once more with a budget of 2.00 GB" in ran.err
+    first, second = [e for e in ran.log if e["what"] == "job" and e["stage"] == "sample"]
+    assert first["pid"] != second["pid"]
+    assert [image["seed"] for image in second["job"]["images"]] == [2, 3]
+    assert (second["job"]["vram"], second["job"]["retried"]) == ("2000000000", "a large plan")
 
 
 def test_decode_finds_the_demo_vae_by_the_recipe(run: Run, home: Path, tmp_path: Path) -> None:
