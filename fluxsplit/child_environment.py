@@ -6,9 +6,11 @@ Variables that must precede `import torch` are set here, each only where the per
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 _DEFAULTS = {
@@ -24,6 +26,13 @@ _DEFAULTS = {
 def module_command(module: str, *arguments: str) -> list[str]:
     """A command that runs a module of this package, with nothing taken from the current folder (`-P`)."""
     return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def own_process_group() -> dict[str, Any]:
+    """Arguments of Popen that spare the process the terminal's Ctrl-C, which is its parent's to hear."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"process_group": 0}
 
 
 def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES) -> dict[str, str]:

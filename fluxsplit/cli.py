@@ -104,6 +104,10 @@ PREVIEW_EXAMPLES = """Examples:
   fluxsplit preview -p "a red circle above a blue square on white"
   fluxsplit preview -m flux1-schnell-fp8.safetensors --prompt-file prompts.txt -n 4 --size 576x472
 """
+GALLERY_EXAMPLES = """Examples:
+  fluxsplit gallery
+  fluxsplit gallery images --renders large --rerender "--model flux1-dev-fp8.safetensors"
+"""
 DECODE_EXAMPLES = """Examples:
   fluxsplit decode latents
   fluxsplit decode latents/*.pt --out pictures --delete-latents
@@ -341,6 +345,24 @@ def peek(
 ) -> None:
     """Make small previews of latents without a VAE, in milliseconds; by TAEF1 where its weights are."""
     raise typer.Exit(_run("peek", _given(context)))
+
+
+@app.command(cls=GroupedCommand, epilog=GALLERY_EXAMPLES, short_help="Choose pictures on a local web page.")
+def gallery(
+    context: typer.Context,
+    folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="Folder of pictures. [previews]")] = None,
+    renders: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of results. [renders]")] = None,
+    rerender: Annotated[
+        str | None, typer.Option(metavar="FLAGS", help='Flags for rerender, as "--model flux1-dev.safetensors".')
+    ] = None,
+    port: Annotated[int | None, typer.Option(metavar="N", help="Port on 127.0.0.1. [a free one]")] = None,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Print the address only; open no browser.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Choose pictures on a local web page, and render the picks larger; its address is printed on stdout."""
+    from fluxsplit.cli_gallery import run_gallery  # noqa: PLC0415
+
+    raise typer.Exit(run_gallery(_given(context)))
 
 
 @app.command(cls=GroupedCommand, short_help="Say what files hold.")

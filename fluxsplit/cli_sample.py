@@ -35,6 +35,7 @@ from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS
 from fluxsplit.retry import events_with_retry
 from fluxsplit.safetensor_header import read_header
+from fluxsplit.step_times import timed
 
 DEFAULT_SIZE = "1024x1024"
 DEMO_SIZE = "512x512"
@@ -125,7 +126,9 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
                 if event["event"] != "result":
                     progress.show(event)
         job = _sample_job(plan, ready | places)
-        for event in events_with_retry(sample_stage, job, progress.note):
+        sizes = [(image.width, image.height) for image in plan.images]
+        events = events_with_retry(sample_stage, job, progress.note)
+        for event in timed(events, plan.files.transformer, sizes):
             (on_result if on_result and event["event"] == "result" else progress.show)(event)
         _keep(plan, places)
     return 1 if progress.failures else 0

@@ -13,14 +13,13 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
-from fluxsplit.child_environment import child_environment, module_command
+from fluxsplit.child_environment import child_environment, module_command, own_process_group
 from fluxsplit.errors import ERRORS_BY_EXIT_CODE, FluxsplitError, OutOfMemory
 from fluxsplit.jobs import Job, job_to_json
 
@@ -66,7 +65,7 @@ class StageProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=child_environment(os.environ) if environment is None else dict(environment),
-            **_own_process_group(),
+            **own_process_group(),
         )
         self._readers = [
             threading.Thread(target=self._read_events, args=(self._process.stdout,), daemon=True),
@@ -224,12 +223,6 @@ def run_stage(
     with StageProcess(stage, command, environment) as process:
         process.submit(job)
         yield from process.events()
-
-
-def _own_process_group() -> dict[str, Any]:
-    if sys.platform == "win32":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {"process_group": 0}
 
 
 def _death(stage: str, code: int, stderr: str) -> FluxsplitError:

@@ -34,7 +34,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 TOKEN_HEADER = b"x-fluxsplit-token"
 MAX_BODY_BYTES = 64 << 10
 LAUNCH_CODE_S = 120.0
-PAGES = ("/", "/gallery.js", "/gallery.css")
+PAGES = ("/", "/gallery.js", "/gallery.css", "/favicon.ico")
 """Hold nothing of the person's, and so need no token."""
 _PATH = re.compile(rb"/[a-z0-9./]*", re.ASCII)
 _QUERY = re.compile(rb"|v=[0-9a-f-]{1,40}", re.ASCII)

@@ -11,11 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 NOTE_EVERY_S = 10.0
+FORMAT_VARIABLE = "FLUXSPLIT_PROGRESS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Progress:
 
     def _shown(self) -> Display:
         if self._display is None:
-            self._display = Bars(self._err) if draws_bars(self._err, os.environ) else Lines(self._err)
+            self._display = _display(self._err, os.environ)
         return self._display
 
     def _line(self, text: str) -> None:
@@ -118,6 +119,29 @@ class Progress:
 def draws_bars(stream: TextIO, environment: Mapping[str, str]) -> bool:
     """Whether bars can be drawn on `stream`: a terminal that can move its cursor."""
     return stream.isatty() and environment.get("TERM") != "dumb"
+
+
+def _display(stream: TextIO, environment: Mapping[str, str]) -> Display:
+    if environment.get(FORMAT_VARIABLE) == "json":
+        return JsonLines(stream)
+    return Bars(stream) if draws_bars(stream, environment) else Lines(stream)
+
+
+class JsonLines:
+    """Progress for a program that started this one (`FLUXSPLIT_PROGRESS=json`): every task as one JSON line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def update(self, task: Task) -> None:
+        """A line with all fields of the task."""
+        print(json.dumps({"progress": asdict(task)}), file=self._stream, flush=True)
+
+    def pause(self) -> None:
+        """Lines need no room made."""
+
+    def close(self) -> None:
+        """Lines need no end."""
 
 
 class Lines:

@@ -20,7 +20,7 @@ Values = dict[str, Any]
 PREFIX = "FLUXSPLIT_"
 COMMANDS = ("sample", "preview", "decode", "encode", "upscale", "peek")
 MAX_FILE_BYTES = 1_000_000
-_OTHER_VARIABLES = {"FLUXSPLIT_CACHE"}
+_OTHER_VARIABLES = {"FLUXSPLIT_CACHE", "FLUXSPLIT_PROGRESS"}
 """Ours, but no settings: read where they are used."""
 
 

@@ -137,3 +137,12 @@ def test_bytes_for_people(count: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185, "3:05 min"), (3723, "1:02:03 h")])
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def test_a_program_that_started_us_gets_every_task_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXSPLIT_PROGRESS", "json")
+    err = io.StringIO()
+    with Progress(err=err) as progress:
+        progress.show({"event": "decode", "done": 1, "total": 2})
+    task = json.loads(err.getvalue())["progress"]
+    assert task["title"] == "latents decoded" and (task["done"], task["total"]) == (1, 2)

@@ -1,0 +1,47 @@
+"""`fluxsplit gallery`: checks, the server, and the browser that shows its page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+from fluxsplit.errors import UsageError
+
+FOLDER = "previews"
+RENDERS = "renders"
+INSTALL = "install them with: pip install 'fluxsplit[gallery]'"
+
+
+def run_gallery(given: dict[str, Any]) -> int:
+    """Serve the gallery until Ctrl-C; its address is printed on stdout. Raises FluxsplitError."""
+    folder = Path(given.get("folder", FOLDER)).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", 'make previews first: fluxsplit preview --prompt "..."')
+    renders = Path(given.get("renders", RENDERS)).expanduser()
+    flags = _rerender_flags(given.get("rerender", ""))
+    try:
+        from fluxsplit.gallery import address, open_gallery, serve, server  # noqa: PLC0415  an extra
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "fluxsplit":
+            raise
+        raise UsageError(f"the gallery needs starlette and uvicorn, and {error.name} is missing", INSTALL) from None
+    gallery, bound = open_gallery(folder.absolute(), renders.absolute(), int(given.get("port", 0)), flags)
+    print(address(gallery, gallery.keys.token), flush=True)
+    print("fluxsplit: the gallery runs until Ctrl-C", file=sys.stderr)
+    if not given.get("no_open"):
+        opener = threading.Timer(0.3, webbrowser.open, (address(gallery, gallery.keys.launch_code()),))
+        opener.daemon = True
+        opener.start()
+    serve(gallery, bound, server(gallery))
+    return 0
+
+
+def _rerender_flags(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"--rerender {text!r} cannot be split into flags: {error}") from None
