@@ -63,7 +63,7 @@ class Client:
     def raw(self, data: bytes, until: Callable[[bytes], bool] = lambda _: False) -> Answer:
         """Send bytes, take the answer until the server closes or `until` holds; status 0 where there is none."""
         received = b""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as link, contextlib.suppress(OSError):
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as link, contextlib.suppress(OSError):
             with contextlib.suppress(OSError):
                 link.sendall(data)
             while (chunk := link.recv(1 << 16)) and not until(received := received + chunk):
@@ -90,7 +90,7 @@ def fake_command(words: list[str]) -> list[str]:
     return [sys.executable, FAKE, *words]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 90.0) -> Any:
     """What `condition` gives once it is true; fails after some seconds."""
     end_s = time.monotonic() + seconds
     while not (value := condition()):

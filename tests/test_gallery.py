@@ -134,7 +134,7 @@ def test_the_command_prints_its_address_and_ends_at_ctrl_c(tmp_path: Path) -> No
     assert line.startswith("http://127.0.0.1:") and len(line.partition("#")[2]) > 40
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and out == "" and "Traceback" not in err
 
 
@@ -147,7 +147,7 @@ def test_the_command_prints_its_address_and_ends_at_ctrl_c(tmp_path: Path) -> No
     ],
 )
 def test_what_the_command_cannot_use_is_said(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
-    _, err = (process := start(tmp_path, *words)).communicate(timeout=30)
+    _, err = (process := start(tmp_path, *words)).communicate(timeout=120)
     assert process.returncode == 2 and said in err and len(err.splitlines()) == 1
 
 
@@ -155,5 +155,5 @@ def test_without_the_extra_the_command_says_how_to_install_it(tmp_path: Path) ->
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['uvicorn'] = None\n")
     process = start(tmp_path, ".", PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "fluxsplit[gallery]" in err, err

@@ -29,7 +29,7 @@ FAKE = str(Path(__file__).parent / "fake_rerender.py")
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < end_s, "it did not happen"
         time.sleep(0.02)
