@@ -1,0 +1,80 @@
+"""Measures the text encoders: peak anonymous memory and CPU seconds of encoding prompts with a full-size T5.
+
+    python scripts/synthetic_checkpoint.py /tmp/t5xxl.safetensors --part t5          # 4.9 GB
+    python scripts/bench_text.py /tmp/t5xxl.safetensors
+
+It runs the product's own text stage in its own process and samples its RssAnon every 5 ms, imports included. CLIP and
+the tokenizers are the demo model's unless named; prompts are padded to 256 tokens as always. Linux only. The last line
+is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bench_watch import AnonymousPeak, drop_from_cache, usage
+from fluxsplit.executor import StageProcess
+from fluxsplit.jobs import TextJob
+from fluxsplit.models import demo_files
+
+
+def measure(path: Path, clip: Path | None, tokenizers: Path | None, prompts: int, device: str) -> dict[str, object]:
+    """One run of the text stage over `path`."""
+    demo = demo_files()
+    t5_tokenizer = str(tokenizers / "t5xxl" / "tokenizer.json") if tokenizers else demo.t5_tokenizer
+    clip_tokenizer = str(tokenizers / "clip_l") if tokenizers else demo.clip_tokenizer
+    texts = tuple(f"a large red circle above {number} small blue squares" for number in range(prompts))
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = tuple(str(Path(folder) / f"{number}.safetensors") for number in range(prompts))
+        job = TextJob(
+            texts, outputs, str(path.absolute()), str(clip or demo.clip), t5_tokenizer, clip_tokenizer, device
+        )
+        with StageProcess("text") as stage:
+            watch = AnonymousPeak(stage.pid)
+            stage.submit(job)
+            told = [usage(stage.pid) for event in stage.events() if event["event"] == "text"]
+            peak_bytes = watch.stop()
+        shapes = {str(list(tensor)) for tensor in map(_t5_shape, outputs)}
+    passes = [round(after.cpu_s - before.cpu_s, 2) for before, after in pairwise(told)]
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "file_bytes": path.stat().st_size,
+        "t5": ", ".join(sorted(shapes)),
+        "peak_anonymous_bytes": peak_bytes,
+        "pass_cpu_s": passes[:prompts],
+        "start_cpu_s": round(told[0].cpu_s, 2),
+    }
+
+
+def _t5_shape(path: str) -> torch.Size:
+
+    shape: torch.Size = load_file(path)["t5"].shape
+    return shape
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="a weight file that holds a T5 encoder")
+    parser.add_argument("--clip", type=Path)
+    parser.add_argument("--tokenizers", type=Path, help="a folder with t5xxl/tokenizer.json and clip_l/")
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before")
+    args = parser.parse_args()
+    if args.cold:
+        drop_from_cache(args.path)
+    print(json.dumps(measure(args.path, args.clip, args.tokenizers, args.prompts, args.device)))
+
+
+if __name__ == "__main__":
+    main()
