@@ -1,10 +1,16 @@
 """Prompt → conditioning: T5 and CLIP loaded, used, dropped.
 
 Both compute in fp32, whatever their weights are stored in, as ComfyUI does; T5 overflows in fp16.
+
+T5-XXL is 4.8 GB in float8 and would be 19 GB in fp32. So its blocks come and go like the transformer's: the forward
+over them is ours, every prompt goes through a block before the next is brought in, and of a block one matrix at a time
+is expanded. Each block is read once for all prompts of a command. Of the embedding table only the rows of the prompts'
+tokens are read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ from fluxsplit import prompts
 from fluxsplit.checkpoint import Part
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.lean_import import without
+from fluxsplit.loading import EveryBlockThere, Loader
 from fluxsplit.weights import WeightFiles, fill
 
 with without("accelerate", "scipy", "torchvision", "peft", "PIL"):
@@ -27,6 +34,14 @@ T5_END, T5_PAD = 1, 0
 CLIP_L_HEAD = 64
 """Width of a head of CLIP-L; the file does not tell."""
 MAX_TOKENS = 8192
+
+
+def _ignore(done: int, total: int) -> None:
+    """Nobody wants to know."""
+
+
+def _is_weighted(tokens: Sequence[prompts.Token]) -> bool:
+    return any(token.weight != 1 for token in tokens)
 
 
 class T5:
@@ -42,29 +57,51 @@ class T5:
         # one table under two names: filled once, then tied by hand (transformers 5 may not, transformers#48154)
         self._model.encoder.set_input_embeddings(nn.Identity())
         fill(self._model, part, files, torch.float32, device)
-        self._model.set_input_embeddings(self._model.shared)
+        self.blocks = tuple(self._model.encoder.block)
+        self.loader: Loader = EveryBlockThere()
 
     @torch.inference_mode()
-    def encode(self, prompt: str) -> torch.Tensor:
-        """Hidden states [1, T, D], fp32, T at least the minimum length; emphasised tokens are moved away from empty."""
+    def encode(self, texts: Sequence[str], on_block: Callable[[int, int], None] = _ignore) -> list[torch.Tensor]:
+        """Hidden states [1, T, D] of each prompt, fp32, T at least the minimum length, in one pass over the blocks.
+
+        Emphasised tokens are moved away from those of an empty prompt. `on_block` is told blocks done and their number.
+        """
+        tokens = [self._tokens(text) for text in texts]
+        ids = [tuple(token.id for token in line) for line in tokens]
+        empties = {len(line): (T5_END, *[T5_PAD] * (len(line) - 1)) for line in tokens if _is_weighted(line)}
+        wanted = list(dict.fromkeys([*ids, *empties.values()]))
+        states = dict(zip(wanted, self._run(wanted, on_block), strict=True))
+        return [
+            self._moved(states[own], states[empties[len(line)]], line) if _is_weighted(line) else states[own]
+            for own, line in zip(ids, tokens, strict=True)
+        ]
+
+    def _tokens(self, prompt: str) -> list[prompts.Token]:
         tokens = prompts.t5_tokens(prompt, self._ids, T5_END, T5_PAD, self._min_tokens)
         if len(tokens) > MAX_TOKENS:
             raise FluxsplitError(f"the prompt has {len(tokens)} tokens, the most is {MAX_TOKENS}", "shorten it")
-        states = self._run([token.id for token in tokens])
-        weights = torch.tensor([token.weight for token in tokens], device=self._device)
-        if bool((weights != 1).any()):
-            empty = self._run([T5_END] + [T5_PAD] * (len(tokens) - 1))
-            moved = empty + (states - empty) * weights[:, None]
-            states = torch.where((weights != 1)[:, None], moved, states)
-        return states
+        return tokens
+
+    def _moved(self, states: torch.Tensor, empty: torch.Tensor, tokens: Sequence[prompts.Token]) -> torch.Tensor:
+        weights = torch.tensor([token.weight for token in tokens], device=self._device)[:, None]
+        return torch.where(weights != 1, empty + (states - empty) * weights, states)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids[:-1]
 
-    def _run(self, ids: list[int]) -> torch.Tensor:
-        states: torch.Tensor = self._model(input_ids=torch.tensor([ids], device=self._device)).last_hidden_state
-        return states
+    def _run(self, lines: Sequence[tuple[int, ...]], on_block: Callable[[int, int], None]) -> list[torch.Tensor]:
+        """The encoder over each line of token ids, a batch of one each (`T5Stack.forward` of transformers)."""
+        encoder = self._model.encoder
+        states = [self._model.shared(torch.tensor([line], device=self._device)) for line in lines]
+        biases: dict[int, torch.Tensor] = {}  # by length: of relative positions, made by the first block for all
+        for number, block in enumerate(self.blocks):
+            with self.loader.brought_in(number):
+                for i, line in enumerate(lines):
+                    states[i], bias, *_ = block(states[i], position_bias=biases.get(len(line)))
+                    biases.setdefault(len(line), bias)
+            on_block(number + 1, len(self.blocks))
+        return [encoder.final_layer_norm(state) for state in states]
 
 
 class Clip:

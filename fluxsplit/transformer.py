@@ -7,11 +7,9 @@ and cropped. And the order in which blocks are brought in belongs to whoever loa
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from fluxsplit.checkpoint import Part, variant_of
 from fluxsplit.conditioning import Conditioning
 from fluxsplit.diffusers_models import FluxTransformer2DModel
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.loading import EveryBlockThere, Loader
 from fluxsplit.weights import WeightFiles, fill
 
 PATCH = 2
@@ -62,21 +61,6 @@ class _Stream:
 
     def is_finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in (self.image, self.text, self.temb))
-
-
-class EveryBlockThere:
-    """A loader that has nothing to bring in."""
-
-    def brought_in(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """While it is entered, block `number` can be computed."""
-        return contextlib.nullcontext()
-
-
-class Loader(Protocol):
-    """Who brings the blocks in."""
-
-    def brought_in(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """While it is entered, block `number` can be computed."""
 
 
 class Flux:

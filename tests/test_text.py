@@ -1,0 +1,111 @@
+"""T5's blocks come and go: the same bits as with all of them there, each brought in once for all prompts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import synthetic_checkpoint
+from fluxsplit import checkpoint, fp8
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.models import demo_files
+from fluxsplit.read_ahead import ReadAhead
+from fluxsplit.streaming import Streaming
+from fluxsplit.text import MAX_TOKENS, T5
+from fluxsplit.weights import WeightFiles
+
+CPU = torch.device("cpu")
+PROMPTS = ("a red circle", "a (blue:1.4) square above it", "", "a red circle")
+
+
+@pytest.fixture(scope="module")
+def t5_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("t5") / "t5.safetensors"
+    synthetic_checkpoint.write(path, synthetic_checkpoint.t5_shapes(synthetic_checkpoint.TINY), "e4m3")
+    return path
+
+
+def encoder(path: Path, device: torch.device = CPU) -> tuple[T5, WeightFiles]:
+    files = WeightFiles()
+    return T5(checkpoint.part(path, "t5"), demo_files().t5_tokenizer, files, device), files
+
+
+class Counting:
+    """Notes which blocks are brought in, in order."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    @contextlib.contextmanager
+    def brought_in(self, number: int) -> Iterator[None]:
+        self.numbers.append(number)
+        yield
+
+
+def test_prompts_together_have_the_bits_of_each_alone(t5_file: Path) -> None:
+    together, _ = encoder(t5_file)
+    counting = Counting()
+    together.loader = counting
+    states = together.encode(PROMPTS)
+    assert counting.numbers == [0, 1]
+    for prompt, state in zip(PROMPTS, states, strict=True):
+        alone, _ = encoder(t5_file)
+        assert state.shape == (1, 256, 48) and state.dtype == torch.float32
+        assert torch.equal(alone.encode([prompt])[0], state)
+    assert not torch.equal(states[0], states[1])
+
+
+def test_our_forward_is_that_of_transformers(t5_file: Path) -> None:
+    t5, _ = encoder(t5_file)
+    ids = tuple(token.id for token in t5._tokens(PROMPTS[0]))
+    t5._model.set_input_embeddings(t5._model.shared)
+    with torch.inference_mode():
+        theirs = t5._model(input_ids=torch.tensor([ids])).last_hidden_state
+    assert torch.equal(t5.encode([PROMPTS[0]])[0], theirs)
+
+
+@pytest.mark.parametrize("how", ["given back", "kept", "slots", "one slot"])
+def test_streamed_equals_resident(t5_file: Path, how: str) -> None:
+    resident, _ = encoder(t5_file)
+    t5, files = encoder(t5_file)
+    if "slot" in how:
+        slots = 1 if how == "one slot" else 2
+        t5.loader = loader = Streaming(t5.blocks, files, CPU, slots=slots, ahead=slots > 1)
+    else:
+        streamed = frozenset({0, 1} if how == "given back" else ())
+        t5.loader = loader = ReadAhead(t5.blocks, files, streamed, lambda count: None)
+    told: list[tuple[int, int]] = []
+    states = t5.encode(PROMPTS, lambda done, total: told.append((done, total)))
+    loader.close()
+    assert told == [(1, 2), (2, 2)]
+    assert all(map(torch.equal, states, resident.encode(PROMPTS)))
+
+
+def test_of_the_embedding_table_only_rows_are_expanded(t5_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    expand, into = fp8.expand, fp8.expand_into
+    monkeypatch.setattr(fp8, "expand", lambda codes, *more: (sizes.append(codes.numel()), expand(codes, *more))[1])
+    monkeypatch.setattr(fp8, "expand_into", lambda codes, *more: (sizes.append(codes.numel()), into(codes, *more))[1])
+    encoder(t5_file)[0].encode(PROMPTS[:1])
+    assert 256 * 48 in sizes  # a row for each token
+    assert max(sizes) == 256 * 256 * 3 < 32128 * 48  # the bias of every pair of tokens, for three heads
+
+
+def test_a_prompt_of_too_many_tokens_is_refused(t5_file: Path) -> None:
+    with pytest.raises(FluxsplitError, match=f"the most is {MAX_TOKENS}"):
+        encoder(t5_file)[0].encode(["red " * (MAX_TOKENS + 1)])
+
+
+@pytest.mark.gpu
+def test_streamed_on_a_card(t5_file: Path) -> None:
+    card = torch.device("cuda")
+    t5, files = encoder(t5_file, card)
+    t5.loader = loader = Streaming(t5.blocks, files, card)
+    resident, _ = encoder(t5_file)
+    for own, wanted in zip(t5.encode(PROMPTS), resident.encode(PROMPTS), strict=True):
+        assert torch.allclose(own.cpu(), wanted, rtol=0, atol=1e-3)
+    loader.close()
