@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
+from fluxsplit.attention import has_fused_attention, use_attention
 from fluxsplit.checkpoint import Part
 from fluxsplit.device import DTYPE_NAMES, device_info
 from fluxsplit.events import Events
@@ -36,6 +37,8 @@ def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtyp
     """The plan of a job on this device as it is now; raises UsageError where the budget is too small for it."""
     model, work = read_model(part, DTYPE_NAMES[dtype]), work_of(job)
     info = device_info(device)
+    if not has_fused_attention(device, dtype, model.head):  # tried: a table of cards knows too little
+        info = replace(info, fused_attention=False)
     if sum(block.bytes for block in model.blocks) >= WORTH_MEASURING_BYTES:
         tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
         info = with_rates(info, device, dtype, model.hidden, model.head, tokens)
@@ -61,6 +64,7 @@ def work_of(job: SampleJob) -> Work:
 
 def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> Streaming | ReadAhead:
     """Bring what stays to where it stays, and return who brings the rest."""
+    use_attention(flux.module, plan.query_chunk)
     told = _Load(events, plan.resident_bytes + plan.streamed_bytes)
     if flux.device.type == "cpu":
         return ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read)

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from fluxsplit import fp8
+from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
 
 MEASURE_S = 0.05
 """For each rate."""
 MAX_TOKENS = 1024
 BUS_BYTES = 32 << 20
+QUERY_CHUNK = 512
 
 
 @torch.inference_mode()
@@ -36,8 +38,8 @@ def with_rates(
     codes = torch.zeros(hidden, 3 * hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     expand_s = _seconds(lambda: fp8.expand_into(codes, matrix.view(codes.shape)), device)
     head = min(head, hidden)
-    heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head).transpose(1, 2)
-    attention_s = _seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads), device)
+    heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head)
+    attention_s = _seconds(lambda: _attend(heads, info.fused_attention), device)
     wide = torch.zeros(rows, hidden, dtype=torch.float32, device=device)
     mixed_s = _seconds(lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x, device)
     return replace(
@@ -48,6 +50,14 @@ def with_rates(
         elementwise_per_s=rows * hidden / mixed_s,
         bus_bytes_per_s=None if device.type == "cpu" else _bus(device),
     )
+
+
+def _attend(heads: torch.Tensor, fused: bool) -> torch.Tensor:
+    """Attention as it will be computed; heads [1, L, H, D]."""
+    if not fused:
+        return attend_in_chunks(heads, heads, heads, QUERY_CHUNK)
+    apart = heads.transpose(1, 2)
+    return F.scaled_dot_product_attention(apart, apart, apart)
 
 
 def _bus(device: torch.device) -> float:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import small_flux
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fluxsplit import attention, placement
 from fluxsplit.attention import ChunkedAttention, attend_in_chunks, has_fused_attention, use_attention
 
 HEADS, HEAD = 4, 128
@@ -114,6 +118,23 @@ def test_a_wrong_kernel_is_not_taken_nor_one_that_is_not_there(monkeypatch: pyte
     monkeypatch.undo()
     monkeypatch.setattr("fluxsplit.attention._FUSED", [SDPBackend.CUDNN_ATTENTION])
     assert not probe(CPU, torch.float32, 128)
+
+
+def test_without_a_fused_kernel_the_stage_computes_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small_flux.write_flux(tmp_path / "flux.safetensors")
+    image = small_flux.image(small_flux.write_conditioning(tmp_path / "c.safetensors", 1))
+    (fused,), told = small_flux.sample(path, [image], tmp_path / "fused")
+    assert told.of("plan")[0]["query_chunk"] is None
+    monkeypatch.setattr(placement, "has_fused_attention", lambda *arguments: False)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        attention,
+        "attend_in_chunks",
+        lambda *heads: (seen.append(heads[-1]), attend_in_chunks(*heads))[1],
+    )
+    (chunked,), told = small_flux.sample(path, [image], tmp_path / "chunked", plan={"query_chunk": 4})
+    assert seen == [4] * 2 * (2 + 3)  # two steps through two double and three single blocks
+    assert torch.allclose(chunked, fused, rtol=0, atol=1e-4) and not torch.equal(chunked, fused)
 
 
 @pytest.mark.gpu
