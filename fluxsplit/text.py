@@ -3,9 +3,9 @@
 Both compute in fp32, whatever their weights are stored in, as ComfyUI does; T5 overflows in fp16.
 
 T5-XXL is 4.8 GB in float8 and would be 19 GB in fp32. So its blocks come and go like the transformer's: the forward
-over them is ours, every prompt goes through a block before the next is brought in, and of a block one matrix at a time
-is expanded. Each block is read once for all prompts of a command. Of the embedding table only the rows of the prompts'
-tokens are read.
+over them is ours, every prompt goes through a block before the next is brought in, and of a block a piece of one
+matrix at a time is expanded. Each block is read once for all prompts of a command. Of the embedding table only the
+rows of the prompts' tokens are read.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ T5_END, T5_PAD = 1, 0
 CLIP_L_HEAD = 64
 """Width of a head of CLIP-L; the file does not tell."""
 MAX_TOKENS = 8192
+SCRATCH_BYTES = 32 << 20
+"""Of a matrix expanded to fp32 at once; T5-XXL's largest would be 168 MB, a quarter of what encoding needs."""
 
 
 def _ignore(done: int, total: int) -> None:
@@ -56,7 +58,7 @@ class T5:
             self._model = T5EncoderModel(T5Config(**_t5_dimensions(part)))
         # one table under two names: filled once, then tied by hand (transformers 5 may not, transformers#48154)
         self._model.encoder.set_input_embeddings(nn.Identity())
-        fill(self._model, part, files, torch.float32, device)
+        fill(self._model, part, files, torch.float32, device, SCRATCH_BYTES)
         self.blocks = tuple(self._model.encoder.block)
         self.loader: Loader = EveryBlockThere()
 

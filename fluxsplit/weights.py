@@ -181,8 +181,14 @@ class WeightFiles:
 class Scratch:
     """One buffer for the matrix that is multiplied with now; the layers of a model take turns."""
 
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, limit_bytes: int = 1 << 62) -> None:
+        """With a limit, matrices that are larger come in pieces of rows."""
+        self._bytes, self._limit_bytes = torch.empty(0, dtype=torch.uint8), limit_bytes
+
+    def rows(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """How many rows of such a matrix come at once."""
+        row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+        return max(1, min(shape[0], self._limit_bytes // row_bytes))
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised matrix; whatever was taken before is overwritten. Grows to the largest asked for."""
@@ -222,14 +228,26 @@ class StoredLinear(nn.Module):
         factor = 1.0 if self.scale is None else self.scale
         if self.stored.dtype == x.dtype and self.stored.device == x.device and factor == 1.0:
             return F.linear(x, self.stored, self.bias)
-        matrix = self._scratch.matrix(self.stored.shape, x.dtype, x.device)
-        if self.stored.dtype in fp8.FLOAT8:
-            fp8.expand_into(self.stored.to(x.device), matrix, factor)
+        rows = self._scratch.rows(self.stored.shape, x.dtype)
+        if rows == self.stored.shape[0]:
+            return F.linear(x, self._expanded_rows(self.stored, x, factor), self.bias)
+        out = x.new_empty(*x.shape[:-1], self.stored.shape[0])
+        for start in range(0, self.stored.shape[0], rows):
+            piece = slice(start, start + rows)
+            bias = None if self.bias is None else self.bias[piece]
+            out[..., piece] = F.linear(x, self._expanded_rows(self.stored[piece], x, factor), bias)
+        return out
+
+    def _expanded_rows(self, stored: torch.Tensor, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """Stored rows in the scratch matrix, in x's dtype and on its device."""
+        matrix = self._scratch.matrix(stored.shape, x.dtype, x.device)
+        if stored.dtype in fp8.FLOAT8:
+            fp8.expand_into(stored.to(x.device), matrix, factor)
         else:
-            matrix.copy_(self.stored)
+            matrix.copy_(stored)
             if factor != 1.0:
                 matrix.mul_(factor)
-        return F.linear(x, matrix, self.bias)
+        return matrix
 
     def move(self, device: torch.device) -> None:
         """Keep the matrix on `device` from now on."""
@@ -286,14 +304,22 @@ def _expand(stored: torch.Tensor, dtype: torch.dtype, scale: float | None) -> to
     return expanded.mul_(factor) if stored.dtype != dtype else expanded * factor
 
 
-def fill(module: nn.Module, part: Part, files: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:
+def fill(
+    module: nn.Module,
+    part: Part,
+    files: WeightFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch_bytes: int = 1 << 62,
+) -> None:
     """Give every parameter of `module` (on the meta device) its values from `part`, each exactly once.
 
-    Linears and embeddings keep their matrices as stored; everything else becomes `dtype` on `device`.
+    Linears and embeddings keep their matrices as stored; everything else becomes `dtype` on `device`. Of a matrix no
+    more than `scratch_bytes` are expanded at once.
     Raises FluxsplitError naming parameters that are missing, left over or of another shape.
     """
     _check_names(module, part)
-    scratch = Scratch()
+    scratch = Scratch(scratch_bytes)
 
     def small(name: str, parameter: torch.Tensor) -> torch.Tensor:
         """A bias, norm or convolution in the compute dtype, copied out of the map."""

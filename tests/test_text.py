@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import synthetic_checkpoint
-from fluxsplit import checkpoint, fp8
+from fluxsplit import checkpoint, fp8, text
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.models import demo_files
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.streaming import Streaming
 from fluxsplit.text import MAX_TOKENS, T5
-from fluxsplit.weights import WeightFiles
+from fluxsplit.weights import StoredLinear, WeightFiles
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "a (blue:1.4) square above it", "", "a red circle")
@@ -93,6 +93,20 @@ def test_of_the_embedding_table_only_rows_are_expanded(t5_file: Path, monkeypatc
     encoder(t5_file)[0].encode(PROMPTS[:1])
     assert 256 * 48 in sizes  # a row for each token
     assert max(sizes) == 256 * 256 * 3 < 32128 * 48  # the bias of every pair of tokens, for three heads
+
+
+def test_matrices_come_in_pieces_of_rows(t5_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encoder(t5_file)[0].encode(PROMPTS)
+    monkeypatch.setattr(text, "SCRATCH_BYTES", 7 * 48 * 4)  # seven rows of most, of 24 and 40
+    t5, _ = encoder(t5_file)
+    sizes: list[int] = []
+    into = fp8.expand_into
+    monkeypatch.setattr(fp8, "expand_into", lambda codes, *more: (sizes.append(codes.numel()), into(codes, *more))[1])
+    for own, wanted in zip(t5.encode(PROMPTS), whole, strict=True):
+        assert torch.allclose(own, wanted, rtol=0, atol=1e-5)
+    assert {7 * 48, 24 % 7 * 48, 8 * 40} <= set(sizes)
+    linears = [child for child in t5._model.modules() if isinstance(child, StoredLinear)]
+    assert {child._scratch._bytes.numel() for child in linears} <= {7 * 48 * 4}
 
 
 def test_a_prompt_of_too_many_tokens_is_refused(t5_file: Path) -> None:
