@@ -114,7 +114,7 @@ def running(folder: Path, previews: int = 3, renders: int = 1) -> Iterator[Clien
     thread.start()
     client = Client(gallery)
     try:
-        wait_for(lambda: serving.started and len(client.ids()) == previews and len(client.ids("render")) == renders)
+        wait_for(lambda: serving.started and len(client.ids()) >= previews and len(client.ids("render")) >= renders)
         yield client
     finally:
         serving.should_exit = True
