@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fluxsplit import __version__
-from fluxsplit.cli_help import GroupedCommand
+from fluxsplit.cli_help import GroupedCommand, RerenderCommand
 from fluxsplit.cli_options import (
     FILES,
     MACHINE,
@@ -31,10 +31,15 @@ from fluxsplit.cli_options import (
     DryRun,
     Dtype,
     Fetch,
+    Fit,
+    From,
+    FromPicks,
     Guidance,
     Json,
+    Keep,
     LatentFormat,
     LatentsOut,
+    LowFrequencyGuidance,
     Model,
     Negative,
     NoiseIndex,
@@ -46,14 +51,19 @@ from fluxsplit.cli_options import (
     Prompt,
     PromptFile,
     Quiet,
+    RendersOut,
+    RerenderImages,
+    RerenderSize,
     Sampler,
     SaveConditioning,
+    Scale,
     Scheduler,
     Seed,
     Shift,
     Sigmas,
     Size,
     Steps,
+    Strength,
     TextEncoder,
     Tokenizers,
     Upscale,
@@ -107,6 +117,12 @@ PREVIEW_EXAMPLES = """Examples:
 GALLERY_EXAMPLES = """Examples:
   fluxsplit gallery
   fluxsplit gallery images --renders large --rerender "--model flux1-dev-fp8.safetensors"
+"""
+RERENDER_EXAMPLES = """Examples:
+  fluxsplit rerender --from previews/0007.png --size 1152x944
+  fluxsplit rerender --from-picks --scale 2 --upscale 2
+  fluxsplit rerender ComfyUI_00042_.png --scale 1.5 --keep composition --strength 0.8
+  fluxsplit rerender --from previews --steps 8 --out more-steps
 """
 DECODE_EXAMPLES = """Examples:
   fluxsplit decode latents
@@ -205,6 +221,54 @@ def preview(
 ) -> None:
     """Render small pictures, numbered, with their latents and a sheet of them; their paths are printed on stdout."""
     raise typer.Exit(_run("preview", _given(context)))
+
+
+@app.command(cls=RerenderCommand, epilog=RERENDER_EXAMPLES, short_help="Render pictures again, larger or otherwise.")
+def rerender(
+    context: typer.Context,
+    images: RerenderImages = None,
+    from_: From = None,
+    from_picks: FromPicks = None,
+    size: RerenderSize = None,
+    scale: Scale = None,
+    keep: Keep = None,
+    strength: Strength = None,
+    fit: Fit = None,
+    low_frequency_guidance: LowFrequencyGuidance = None,
+    prompt: Prompt = None,
+    negative: Negative = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    cfg: Cfg = None,
+    sampler: Sampler = None,
+    scheduler: Scheduler = None,
+    shift: Shift = None,
+    sigmas: Sigmas = None,
+    noise_index: NoiseIndex = None,
+    model: Model = None,
+    text_encoder: TextEncoder = None,
+    clip: Clip = None,
+    vae: Vae = None,
+    tokenizers: Tokenizers = None,
+    comfyui: ComfyUI = None,
+    cache: Cache = None,
+    upscale: Upscale = None,
+    upscale_to: UpscaleTo = None,
+    fetch: Fetch = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: RendersOut = None,
+    dry_run: DryRun = None,
+    json: Json = None,
+    quiet: Quiet = None,
+    debug: Debug = False,
+) -> None:
+    """Render pictures again from the recipes in them, whichever tool wrote them; paths are printed on stdout.
+
+    Every setting of a recipe can be overridden by its flag.
+    """
+    raise typer.Exit(_run("rerender", _given(context)))
 
 
 @app.command(cls=GroupedCommand, epilog=DECODE_EXAMPLES, short_help="Decode latent files to PNGs.")
@@ -417,7 +481,8 @@ def run(
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """The flags that were given, by name."""
-    return {name: value for name, value in context.params.items() if value not in (None, [], ()) and name != "debug"}
+    given = {name.rstrip("_"): value for name, value in context.params.items() if value not in (None, [], ())}
+    return {name: value for name, value in given.items() if name != "debug"}
 
 
 def _runner(command: str) -> Callable[[dict[str, Any], dict[str, Any], Progress], int] | None:
@@ -434,6 +499,10 @@ def _runner(command: str) -> Callable[[dict[str, Any], dict[str, Any], Progress]
         from fluxsplit.cli_peek import peek  # noqa: PLC0415
 
         return peek
+    if command == "rerender":
+        from fluxsplit.cli_rerender import rerender  # noqa: PLC0415
+
+        return rerender
     if command == "upscale":
         from fluxsplit.cli_upscale import upscale  # noqa: PLC0415
 
@@ -451,24 +520,29 @@ def _run(command: str, given: dict[str, Any]) -> int:
     with Progress(json_lines=bool(given.get("json")), quiet=quiet) as progress:
         if (runner := _runner(command)) is not None:
             return runner(given, settings, progress)
-        if command == "preview":
-            from fluxsplit.cli_preview import plan_preview, run_preview  # noqa: PLC0415
+        return _render(command, given, settings, progress)
 
-            plan = plan_preview(given, settings)
-            if not given.get("dry_run"):
-                return run_preview(plan, given, settings, progress)
-        else:
-            from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
 
-            plan = plan_sample(given, settings)
-            if not given.get("dry_run"):
-                return run_sample(plan, progress)
-        from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
+def _render(command: str, given: dict[str, Any], settings: dict[str, Any], progress: Progress) -> int:
+    """`sample` and `preview`: plan, then do, or show the plan."""
+    if command == "preview":
+        from fluxsplit.cli_preview import plan_preview, run_preview  # noqa: PLC0415
 
-        for note in plan.notes:
-            progress.note(note)
-        print(plan_json(plan)) if given.get("json") else print_plan(plan)
-        return 0
+        plan = plan_preview(given, settings)
+        if not given.get("dry_run"):
+            return run_preview(plan, given, settings, progress)
+    else:
+        from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
+
+        plan = plan_sample(given, settings)
+        if not given.get("dry_run"):
+            return run_sample(plan, progress)
+    from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
+
+    for note in plan.notes:
+        progress.note(note)
+    print(plan_json(plan)) if given.get("json") else print_plan(plan)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -32,3 +32,17 @@ class GroupedCommand(TyperCommand):
         if self.epilog:
             formatter.write_paragraph()
             formatter.write("\n".join(line.rstrip() for line in self.epilog.strip().splitlines()) + "\n")
+
+
+class RerenderCommand(GroupedCommand):
+    """A command whose `--from-picks` may stand without a folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the usual folder behind a bare `--from-picks`."""
+        words: list[str] = []
+        for number, word in enumerate(args):
+            words.append(word)
+            following = args[number + 1] if number + 1 < len(args) else "-"
+            if word == "--from-picks" and following.startswith("-"):
+                words.append("previews")
+        return list(super().parse_args(ctx, words))

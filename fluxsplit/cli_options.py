@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from fluxsplit.defaults import FRESH_STRENGTH, KEEP, LOW_FREQUENCY_GUIDANCE, STRENGTH
+
+FROM, KEEPING = "Source", "Keeping the composition"
 FILES, PICTURE, SAMPLER, MACHINE, OUTPUT = "Model files", "Picture", "Sampling", "Machine", "Output"
 UPSCALING = "Upscaling"
 
@@ -43,6 +46,62 @@ Count = Annotated[
     int | None,
     typer.Option(
         "--count", "-n", metavar="N", rich_help_panel=PICTURE, help="Images for each prompt: seeds s, s+1, ... [1]"
+    ),
+]
+RerenderImages = Annotated[
+    list[str] | None, typer.Argument(metavar="[IMAGE]...", help="The same as --from.", show_default=False)
+]
+From = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--from",
+        metavar="IMAGE",
+        rich_help_panel=FROM,
+        help="Picture or latent, a folder or glob of them, - for names on stdin; repeatable.",
+    ),
+]
+FromPicks = Annotated[
+    str | None,
+    typer.Option("--from-picks", metavar="[DIR]", rich_help_panel=FROM, help="What was picked in a folder. [previews]"),
+]
+RerenderSize = Annotated[
+    str | None,
+    typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [the picture's own]"),
+]
+Scale = Annotated[
+    float | None, typer.Option(metavar="F", rich_help_panel=PICTURE, help="Times the picture's own size, to 8 pixels.")
+]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="seed|noise|image|composition",
+        rich_help_panel=KEEPING,
+        help="What a picture of another size keeps: the seed's number alone, the large forms of its noise, the picture "
+        f"itself under new noise, or both. [{KEEP}]",
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        rich_help_panel=KEEPING,
+        help=f"Noise level, 0..1, from which the picture is drawn again. [{STRENGTH:g}; keep image {FRESH_STRENGTH:g}]",
+    ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="stretch|centre",
+        rich_help_panel=KEEPING,
+        help="At another aspect ratio: pull the picture, or put it into the middle. [stretch]",
+    ),
+]
+LowFrequencyGuidance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="W",
+        rich_help_panel=KEEPING,
+        help=f"Hold the large forms to the picture in the first half of the steps, 0..1. [{LOW_FREQUENCY_GUIDANCE:g}]",
     ),
 ]
 PreviewSize = Annotated[
@@ -126,6 +185,10 @@ SaveConditioning = Annotated[
 PreviewsOut = Annotated[
     str | None,
     typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for previews. [previews]"),
+]
+RendersOut = Annotated[
+    str | None,
+    typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for pictures. [renders]"),
 ]
 LatentsOut = Annotated[
     str | None,

@@ -44,3 +44,12 @@ def resolution_shift(width: int, height: int) -> float:
     patches = width * height / 256
     slope = (_MAX_SHIFT - _BASE_SHIFT) / (_MAX_TOKENS - _BASE_TOKENS)
     return _BASE_SHIFT + (patches - _BASE_TOKENS) * slope
+
+
+KEEP = "composition"
+"""What a rerender at another size keeps of its picture; measured in docs/rerender.md."""
+STRENGTH = 0.9
+"""Sigma from which it is drawn again."""
+FRESH_STRENGTH = 0.8
+"""The same where the picture's noise is not known, so that nothing of it can be kept."""
+LOW_FREQUENCY_GUIDANCE = 0.0

@@ -18,7 +18,7 @@ from fluxsplit.errors import UsageError
 Reader = Callable[[Any], Any]
 Values = dict[str, Any]
 PREFIX = "FLUXSPLIT_"
-COMMANDS = ("sample", "preview", "decode", "encode", "upscale", "peek")
+COMMANDS = ("sample", "preview", "rerender", "decode", "encode", "upscale", "peek")
 MAX_FILE_BYTES = 1_000_000
 _OTHER_VARIABLES = {"FLUXSPLIT_CACHE", "FLUXSPLIT_PROGRESS"}
 """Ours, but no settings: read where they are used."""
@@ -115,6 +115,18 @@ _SAMPLE: dict[str, Reader] = {
 }
 _PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in ("noise_index", "peek", "peek_steps")}
 _UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
+_RERENDER: dict[str, Reader] = {
+    "keep": _text,
+    "strength": _number,
+    "fit": _text,
+    "low_frequency_guidance": _number,
+    "scale": _number,
+    "dtype": _text,
+    "vae_dtype": _text,
+    "vram": _text,
+    "out": _text,
+    "cache": _switch,
+} | _UPSCALE
 _DECODE: dict[str, Reader] = {
     "vae_dtype": _text,
     "vram": _text,
@@ -147,6 +159,7 @@ DEFAULTS: dict[str, dict[str, Reader]] = {
     "": SHARED,
     "sample": SHARED | _SAMPLE,
     "preview": SHARED | _PREVIEW,
+    "rerender": SHARED | _RERENDER,
     "decode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _DECODE,
     "encode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _ENCODE,
     "upscale": _UPSCALE | _UPSCALE_ALONE,
@@ -154,6 +167,19 @@ DEFAULTS: dict[str, dict[str, Reader]] = {
 }
 """What settings files may set, by table; the empty name stands for keys at the top."""
 
+_RECIPE = (
+    "negative",
+    "size",
+    "steps",
+    "guidance",
+    "cfg",
+    "sampler",
+    "scheduler",
+    "shift",
+    "sigmas",
+    "noise_index",
+)
+"""What a picture says of itself: overridden for one run, not by a default."""
 _ONCE: dict[str, dict[str, Reader]] = {
     "sample": {
         "prompt": _texts,
@@ -161,6 +187,16 @@ _ONCE: dict[str, dict[str, Reader]] = {
         "seed": _seeds,
         "conditioning": _text,
         "save_conditioning": _text,
+        "dry_run": _switch,
+        "json": _switch,
+    },
+    "rerender": {
+        "images": _texts,
+        "from": _texts,
+        "from_picks": _text,
+        "prompt": _texts,
+        "seed": _seeds,
+        **{name: _SAMPLE[name] for name in _RECIPE},
         "dry_run": _switch,
         "json": _switch,
     },
@@ -279,11 +315,11 @@ def _read_values(table: Values, readers: Mapping[str, Reader], where: str) -> Va
 
 
 def _unknown_hint(key: str, readers: Mapping[str, Reader]) -> str:
-    if any(key in once for once in _ONCE.values()):
-        return "it belongs to one run: give it as a flag, or in a workflow for `fluxsplit run`"
     tables = [table for table, known in DEFAULTS.items() if table and key in known]
     if tables and readers is SHARED:
         return f"it belongs in {' or '.join(f'[{table}]' for table in tables)}"
+    if any(key in once for once in _ONCE.values()):
+        return "it belongs to one run: give it as a flag, or in a workflow for `fluxsplit run`"
     return nearest(key.replace("_", "-"), (name.replace("_", "-") for name in readers))
 
 

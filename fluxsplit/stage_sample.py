@@ -212,7 +212,7 @@ def _recipe(model: _Model, image: ImageJob) -> Recipe:
     if not levels:
         steps = image.steps or defaults.steps_of(variant, config)
         levels = scheduled_sigmas(image.scheduler, steps, variant, shift)
-    if image.start is not None and not image.recorded_sigmas:
+    if image.start is not None and image.start.keep != "noise" and not image.recorded_sigmas:
         levels = from_sigma(levels, image.start.strength, None if image.sigmas else shift)
     guidance = image.guidance if image.guidance is not None else defaults.guidance_of(variant)
     return Recipe(

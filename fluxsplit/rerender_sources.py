@@ -1,0 +1,84 @@
+"""Which pictures a rerender is made from, and where their latents are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fluxsplit.arguments import read_stdin
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.latents import SUFFIXES, read_latent
+from fluxsplit.metadata import ImageRecord, read_record
+from fluxsplit.picks import read_picks
+
+LATENTS = "latents"
+PICKS_FOLDER = "previews"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_SHEETS = ("sheet.png",)
+
+
+def gather(values: Mapping[str, Any]) -> list[Path]:
+    """The pictures and latents that are named: files, globs, folders, picks, and the lines of stdin for `-`."""
+    files: dict[Path, None] = {}
+    for name in (*values.get("images", ()), *values.get("from", ())):
+        for word in read_stdin() if name == "-" else [name]:
+            files.update(dict.fromkeys(_named(word)) if word else {})
+    if values.get("from_picks"):
+        files.update(dict.fromkeys(_picked(Path(values["from_picks"]).expanduser())))
+    if not files:
+        raise UsageError("there is no picture to render again", "name some with --from, or use --from-picks")
+    return list(files)
+
+
+def _named(word: str) -> list[Path]:
+    path = Path(word).expanduser()
+    if path.is_dir():
+        suffixes = (*_PICTURES, *SUFFIXES.values())
+        held = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.name not in _SHEETS)
+        if not held:
+            raise UsageError(f"{path} holds no picture and no latent", f"they end in {', '.join(suffixes)}")
+        return held
+    if not path.exists() and any(c in word for c in "*?["):
+        root = Path(path.anchor or ".")
+        matching = sorted(root.glob(str(path.relative_to(root) if path.anchor else path)))
+        if not matching:
+            raise UsageError(f"nothing matches {word}")
+        return [file for file in matching if file.is_file() and file.name not in _SHEETS]
+    return [path]
+
+
+def _picked(folder: Path) -> list[Path]:
+    picked = [folder / name for name, pick in read_picks(folder).items() if pick.pick == "pick"]
+    if not picked:
+        raise UsageError(f"nothing is picked in {folder}", f"choose with fluxsplit gallery {folder}")
+    return sorted(picked)
+
+
+def record_of(source: Path) -> ImageRecord | None:
+    """What a PNG of ours says of itself; None for other files."""
+    with suppress(FluxsplitError):
+        return read_record(source)
+    return None
+
+
+def find_latent(source: Path, stems: Iterable[str], sha256: str) -> str:
+    """A latent of that SHA-256 among those of these names in the folders where ours are kept."""
+    here = source.absolute().parent
+    folders = (here / LATENTS, here.parent / LATENTS, here.parent / PICKS_FOLDER / LATENTS, here)
+    for stem in stems:
+        for folder in folders:
+            for suffix in SUFFIXES.values():
+                path = folder / f"{stem}{suffix}"
+                if path.is_file() and latent_sha256(str(path)) == sha256:
+                    return str(path)
+    return ""
+
+
+def latent_sha256(latent: str) -> str:
+    """Of a latent file's payload; empty where there is none."""
+    if latent:
+        with suppress(FluxsplitError):
+            return read_latent(latent).payload_sha256
+    return ""

@@ -1,0 +1,232 @@
+"""`fluxsplit rerender`: what a picture says, what is asked to differ, and what reaches the stages."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headers import write
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from test_cli import Run, home, run
+
+from fluxsplit import conditioning_cache
+from fluxsplit.fingerprint import file_sha256
+from fluxsplit.latents import read_latent, write_latent
+from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
+from fluxsplit.models import demo_files
+from fluxsplit.recipe import Recipe, WeightsStamp
+from fluxsplit.start import NoiseGrid, Start
+
+__all__ = ["home", "run"]
+
+
+def recipe(**changes: Any) -> Recipe:
+    """A recipe of the demo model for 64x48 pixels."""
+    stamp = WeightsStamp("flux-demo.safetensors", file_sha256(demo_files().transformer))
+    plain = Recipe(
+        prompt="a fox", seed=7, width=64, height=48, steps=2, sigmas=(1.0, 0.4, 0.0), sampler="heun",
+        scheduler="normal", shift=None, guidance=None, cfg=1.0, negative="", noise_index=3, variant="schnell",
+        transformer=stamp, text_encoder=stamp, clip=stamp, dtype="bf16", device="cpu",
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def preview(folder: Path, name: str = "0007", keep_latent: bool = True, **changes: Any) -> Path:
+    """A preview with its latent."""
+    made = recipe(**changes)
+    shape = (1, 16, made.height // 8, made.width // 8)
+    payload = bytes(4 * 16 * shape[2] * shape[3])
+    latent = write_latent(folder / "latents", name, payload, shape, made)
+    record = ImageRecord(made, read_latent(latent).payload_sha256, made.clip)
+    pixels = bytes(3 * made.width * made.height)
+    path = folder / f"{name}.png"
+    path.write_bytes(encode_png(pixels, made.width, made.height, png_text_chunks(record)))
+    if not keep_latent:
+        latent.unlink()
+    return path
+
+
+def foreign(path: Path, parameters: str, size: tuple[int, int] = (64, 48)) -> Path:
+    """A PNG with A1111's text."""
+    info = PngInfo()
+    info.add_text("parameters", parameters)
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG", pnginfo=info)
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def test_nothing_changed_repeats_every_setting(run: Run, home: Path) -> None:
+    ran = run("rerender", "--from", preview(home / "previews"))
+    assert ran.code == 0, ran.err
+    (image,) = ran.images
+    want = {"prompt": "a fox", "seed": 7, "width": 64, "height": 48, "steps": 2, "sampler": "heun"}
+    want |= {"scheduler": "normal", "noise_index": 3, "cfg": 1.0, "start": None, "shift": None, "sigmas": []}
+    assert {name: image[name] for name in want} == want
+    assert image["recorded_sigmas"] == [1.0, 0.4, 0.0], "to the last bit"
+    assert ran.job("sample")["dtype"] == "bf16" and ran.job("sample")["files"]["is_demo"]
+    assert ran.out == [str(home / "renders" / "0007-64x48.png")]
+    (parent,) = ran.job("decode")["parents"]
+    assert parent == ["0007.png", read_latent(home / "previews" / "latents" / "0007.pt").payload_sha256]
+    assert "seed 7" in ran.err and "nothing is changed" in ran.err
+
+
+def test_another_size_keeps_the_composition(run: Run, home: Path) -> None:
+    source = preview(home / "previews")
+    ran = run("rerender", source, "--size", "136x96")
+    start = ran.images[0]["start"]
+    assert (start["keep"], start["strength"], start["fit"]) == ("composition", 0.9, "stretch")
+    assert start["noise"] == [{"seed": 7, "width": 64, "height": 48, "noise_index": 3, "fit": "stretch"}]
+    assert ran.images[0]["start_latent"] == str(home / "previews" / "latents" / "0007.pt")
+    assert ran.images[0]["recorded_sigmas"] == [] and ran.job("sample")["dtype"] == "auto"
+    assert "keep composition at strength 0.9" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["--keep", "seed"], None),
+        (["--keep", "noise", "--fit", "centre"], ("noise", 1.0, "centre", 0.0, 1, False)),
+        (["--keep", "image"], ("image", 0.8, "stretch", 0.0, 0, True)),
+        (["--keep", "image", "--strength", "0.5"], ("image", 0.5, "stretch", 0.0, 0, True)),
+        (
+            ["--strength", "0.95", "--low-frequency-guidance", "1", "--fit", "centre"],
+            ("composition", 0.95, "centre", 1.0, 1, True),
+        ),
+        (["--sigmas", "0.7,0.3,0"], ("composition", 0.7, "stretch", 0.0, 1, True)),
+    ],
+)
+def test_what_is_kept(run: Run, home: Path, words: list[str], start: tuple[Any, ...] | None) -> None:
+    ran = run("rerender", "--from", preview(home / "previews"), "--scale", "2", *words)
+    assert ran.code == 0, ran.err
+    got = ran.images[0]["start"]
+    if start is None:
+        assert got is None
+        return
+    names = ("keep", "strength", "fit", "low_frequency_guidance")
+    assert (*(got[name] for name in names), len(got["noise"]), bool(got["latent_sha256"])) == start
+
+
+def test_every_setting_can_be_overridden(run: Run, home: Path) -> None:
+    words = ["-p", "a dog", "--negative", "cats", "--seed", "9", "--steps", "5", "--cfg", "2", "--sampler", "euler"]
+    words += ["--scheduler", "simple", "--shift", "1.15", "--noise-index", "1", "--dtype", "fp32"]
+    ran = run("rerender", "--from", preview(home / "previews"), *words)
+    (image,) = ran.images
+    want = {"prompt": "a dog", "negative": "cats", "seed": 9, "steps": 5, "cfg": 2.0, "sampler": "euler"}
+    want |= {"scheduler": "simple", "shift": 1.15, "noise_index": 1, "recorded_sigmas": [], "start": None}
+    assert {name: image[name] for name in want} == want and ran.job("sample")["dtype"] == "fp32"
+    assert ran.job("text")["prompts"] == ["a dog", "cats"]
+
+
+def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:
+    for name in ("0001", "0002"):
+        preview(home / "previews", name)
+    (home / "previews" / "sheet.png").write_bytes(b"")
+    by_glob = run("rerender", "--from", "previews/*.png", "--dry-run", "--json")
+    assert len(json.loads(by_glob.out[0])["images"]) == 2 and not by_glob.log
+    by_folder = run("rerender", "--from", "previews", "--seed", "1..2")
+    assert [image["stem"] for image in by_folder.images] == [
+        f"{name}-64x48-{seed}" for name in ("0001", "0002") for seed in (1, 2)
+    ]
+    by_stdin = run("rerender", "--from", "-", stdin="previews/0002.png\n\n")
+    assert [image["stem"] for image in by_stdin.images] == ["0002-64x48"]
+    again = run("rerender", "previews/0002.png")
+    assert [image["stem"] for image in again.images] == ["0002-64x48-2"], "nothing is overwritten"
+
+
+def test_picks(run: Run, home: Path) -> None:
+    for name in ("0001", "0002", "0003"):
+        preview(home / "previews", name)
+    lines = [{"image": "0001.png", "pick": "pick"}, {"image": "0002.png", "pick": "reject"}]
+    lines += [{"image": "0003.png", "pick": "pick"}, {"image": "0001.png", "pick": None}]
+    text = "".join(json.dumps({"stars": 0, "time": "2026-11-24T12:00:00Z", **line}) + "\n" for line in lines)
+    (home / "previews" / "picks.jsonl").write_text(text)
+    for words in (["--from-picks"], ["--from-picks", "--scale", "2"], ["--from-picks", "previews"]):
+        ran = run("rerender", *words)
+        assert [image["stem"].split("-")[0] for image in ran.images] == ["0003"], ran.err
+    (home / "previews" / "picks.jsonl").write_text("")
+    assert run("rerender", "--from-picks").code == 2
+
+
+def test_the_text_encoders_are_not_even_looked_for(run: Run, home: Path, tmp_path: Path) -> None:
+    source = preview(home / "previews")
+    made = recipe()
+    files = demo_files()
+    tokenizers = conditioning_cache.tokenizers_sha256(files.t5_tokenizer, files.clip_tokenizer)
+    encoders = conditioning_cache.Encoders(made.text_encoder, made.clip, tokenizers)
+    kept = write(tmp_path / "made", {"t5": (1, 8, 4), "pooled": (1, 3)}, "F32")
+    conditioning_cache.keep(encoders, "a fox", str(kept))
+    ran = run("rerender", "--from", source, "--scale", "2")
+    assert [entry["stage"] for entry in ran.log if entry["what"] == "start"] == ["sample", "decode"]
+    assert ran.job("sample")["files"]["text_encoder"] == ran.job("sample")["files"]["clip"] == ""
+    assert ran.images[0]["conditioning"] == conditioning_cache.find(encoders, "a fox")
+    encoded = run("rerender", "--from", source, "--scale", "2", "--no-cache")
+    assert encoded.job("text")["prompts"] == ["a fox"]
+
+
+def test_a_rerender_of_a_rerender_knows_both_noises(run: Run, home: Path) -> None:
+    preview(home / "previews")
+    latent = read_latent(home / "previews" / "latents" / "0007.pt")
+    start = Start("composition", (NoiseGrid(7, 64, 48, 3),), 0.9, latent_sha256=latent.payload_sha256)
+    source = preview(home / "renders", "0007-128x96", width=128, height=96, seed=8, start=start)
+    larger = run("rerender", source, "--scale", "2")
+    assert [(grid["seed"], grid["width"]) for grid in larger.images[0]["start"]["noise"]] == [(7, 64), (8, 128)]
+    same = run("rerender", source)
+    assert same.code == 2 and "started from the latent" in same.err, "the picture does not name its parent here"
+
+
+def test_a_picture_of_another_tool_says_what_was_assumed(run: Run, home: Path) -> None:
+    text = "a fox\nSteps: 4, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Seed: 7, Size: 64x48, RNG: CPU"
+    source = foreign(home / "a.png", text)
+    ran = run("rerender", source)
+    assert ran.code == 2 and "--model" in ran.err
+    write(home / "model.safetensors", {})
+    missing = run("rerender", source, "--model", "nowhere.safetensors")
+    assert missing.code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "there is no picture"),
+        (["--from", "missing.png"], "does not exist"),
+        (["--from", "*.webp"], "nothing matches"),
+        (["--from", "empty"], "holds no picture"),
+        (["--from", "previews/0007.png", "--size", "100x100", "--scale", "2"], "drop one"),
+        (["--from", "previews/0007.png", "--size", "100x100"], "multiple of 8"),
+        (["--from", "previews/0007.png", "--scale", "0"], "outside"),
+        (["--from", "previews/0007.png", "--scale", "nan"], "outside"),
+        (["--from", "previews/0007.png", "--keep", "all"], "is not one of"),
+        (["--from", "previews/0007.png", "--strength", "1.5"], "outside"),
+        (["--from", "previews/0007.png", "--keep", "seed", "--strength", "0.5"], "no effect"),
+        (["--from", "previews/0007.png", "--keep", "noise", "--strength", "0.5"], "no effect"),
+        (["--from", "previews/0007.png", "--sigmas", "0.9,0.5,0", "--strength", "0.5"], "drop --strength"),
+        (["--from", "previews/0007.png", "-p", "a", "-p", "b"], "one prompt"),
+        (["--from", "previews/0007.png", "--guidance", "3"], "no effect"),
+        (["--from", "previews/0007.png", "--negative", "x"], "no effect"),
+        (["--from", "bare.png"], "does not say how it was made"),
+        (["--from", "damaged.png"], "damaged.png"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(run: Run, home: Path, words: list[str], says: str) -> None:
+    preview(home / "previews")
+    (home / "empty").mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(buffer, "PNG")
+    (home / "bare.png").write_bytes(buffer.getvalue())
+    (home / "damaged.png").write_bytes((home / "previews" / "0007.png").read_bytes()[:200])
+    ran = run("rerender", *words)
+    assert ran.code in (1, 2) and says in ran.err and not ran.out
+    assert len(ran.err.strip().splitlines()) == 1 and not ran.log
+
+
+def test_one_bad_picture_does_not_stop_the_rest(run: Run, home: Path) -> None:
+    preview(home / "previews", "0001")
+    (home / "previews" / "0002.png").write_bytes(b"no picture")
+    ran = run("rerender", "--from", "previews", "--scale", "2")
+    assert ran.code == 1 and len(ran.out) == 1 and "0002.png" in ran.err
