@@ -70,6 +70,7 @@ from fluxsplit.cli_options import (
     UpscaleTo,
     Vae,
     VaeDtype,
+    VaeDtypeAlone,
     Vram,
 )
 from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
@@ -211,6 +212,8 @@ def preview(
     comfyui: ComfyUI = None,
     cache: Cache = None,
     dtype: Dtype = None,
+    vae_dtype: VaeDtypeAlone = None,
+    vram: Vram = None,
     device: Device = None,
     out: PreviewsOut = None,
     format: LatentFormat = None,
@@ -257,6 +260,8 @@ def rerender(
     upscale_to: UpscaleTo = None,
     fetch: Fetch = None,
     dtype: Dtype = None,
+    vae_dtype: VaeDtypeAlone = None,
+    vram: Vram = None,
     device: Device = None,
     out: RendersOut = None,
     dry_run: DryRun = None,

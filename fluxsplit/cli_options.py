@@ -234,6 +234,15 @@ VaeDtype = Annotated[
         help="What the VAE computes in; auto: bf16 on cards that are fast at it. [auto]",
     ),
 ]
+VaeDtypeAlone = Annotated[
+    str | None,
+    typer.Option(
+        "--vae-dtype",
+        metavar="auto|fp32|bf16|fp16",
+        rich_help_panel=MACHINE,
+        help="What the VAE computes in; auto: bf16 on cards that are fast at it. [auto]",
+    ),
+]
 Vram = Annotated[
     str | None,
     typer.Option(metavar="auto|8G|75%", rich_help_panel=MACHINE, help="Memory to use on the device. [auto]"),

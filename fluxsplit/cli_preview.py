@@ -46,7 +46,7 @@ def run_preview(plan: Plan, given: dict[str, Any], defaults: dict[str, Any], pro
             return 1
         pictures = Path(plan.out).parent
         words: dict[str, Any] = {
-            key: given[key] for key in ("model", "vae", "comfyui", "dtype", "device") if key in given
+            key: given[key] for key in ("model", "vae", "comfyui", "device", "vram", "vae_dtype") if key in given
         }
         decoding = plan_decode({**words, "latents": latents, "out": str(pictures)}, defaults)
         run_decode(decoding, progress, ahead)

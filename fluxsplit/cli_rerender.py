@@ -12,6 +12,7 @@ from fluxsplit import conditioning_cache, places
 from fluxsplit.arguments import check_choice, check_device
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_decode import plan_decode, run_decode
+from fluxsplit.cli_encode import encode_events
 from fluxsplit.cli_sample import Plan, run_sample, wanted_files
 from fluxsplit.cli_upscale import upscale_options
 from fluxsplit.conditioning_cache import Encoders
@@ -19,9 +20,10 @@ from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.found import read_found
 from fluxsplit.found_recipe import FoundRecipe
-from fluxsplit.jobs import ImageJob, ModelFiles, absolute
+from fluxsplit.jobs import EncodeJob, ImageJob, ModelFiles, absolute
+from fluxsplit.memory import check_budget
 from fluxsplit.metadata import ImageRecord
-from fluxsplit.models import Wanted, demo_files, find_tokenizers, resolve
+from fluxsplit.models import Wanted, demo_files, find_tokenizers, resolve, resolve_vae
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES
 from fluxsplit.repetition import (
@@ -34,7 +36,7 @@ from fluxsplit.repetition import (
     new_size,
     require_recipe,
 )
-from fluxsplit.rerender_sources import LATENTS, find_latent, gather, latent_sha256, record_of
+from fluxsplit.rerender_sources import ENCODED, LATENTS, find_latent, gather, latent_sha256, record_of
 
 FOLDER = "renders"
 _DECODING = ("model", "vae", "comfyui", "device", "vram", "vae_dtype")
@@ -214,14 +216,43 @@ def _numbered(source: Path, images: Sequence[ImageJob]) -> list[ImageJob]:
 
 
 def _with_latents(orders: list[Order], values: dict[str, Any], out: Path, progress: Progress) -> list[Order]:
-    """The orders with a latent for each that starts from its picture: those without one are encoded by the VAE."""
-    ready = []
+    """The orders with a latent for each that starts from its picture: those without one are encoded by the VAE.
+
+    What is encoded is kept, so that the result can be repeated to the bit.
+    """
+    pictures: dict[str, list[Order]] = {}
     for order in orders:
         if order.keeping.needs_latent and not order.latent:
-            progress.failed(order.source.name, "its latent is not there", "use --keep noise or --keep seed")
+            pictures.setdefault(order.files.vae or resolve_vae(wanted_files(values)), []).append(order)
+    encoded: dict[int, str] = {}
+    for vae, members in pictures.items():
+        for order in members:
+            progress.note(f"{order.source.name}: its latent is not there, so the picture is encoded")
+        for order, path in zip(members, _encoded(vae, members, values, out, progress), strict=True):
+            encoded[id(order)] = path
+    ready = [replace(order, latent=encoded.get(id(order), order.latent)) for order in orders]
+    return [order for order in ready if order.latent or not order.keeping.needs_latent]
+
+
+def _encoded(vae: str, orders: list[Order], values: dict[str, Any], out: Path, progress: Progress) -> list[str]:
+    """A latent for each picture by one load of the VAE, in order; empty where it failed, which has been said."""
+    job = EncodeJob(
+        images=tuple(absolute(order.source) for order in orders),
+        vae=vae,
+        out=str(out / LATENTS / ENCODED),
+        device=check_device(values.get("device", "auto")),
+        dtype=check_choice("vae-dtype", values.get("vae_dtype", "auto"), DTYPES),
+        vram=check_budget(values.get("vram", "auto")),
+    )
+    made: list[str] = []
+    for event in encode_events(job, progress):
+        if event["event"] == "result":
+            made.append(str(event["path"]))
             continue
-        ready.append(order)
-    return ready
+        progress.show(event)
+        if event["event"] == "failed":
+            made.append("")
+    return made
 
 
 def _plans(orders: Sequence[Order], values: dict[str, Any], out: Path) -> list[tuple[Plan, dict[str, tuple[str, str]]]]:

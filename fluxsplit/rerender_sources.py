@@ -14,6 +14,8 @@ from fluxsplit.metadata import ImageRecord, read_record
 from fluxsplit.picks import read_picks
 
 LATENTS = "latents"
+ENCODED = "encoded"
+"""Folder below it, of pictures that had no latent any more."""
 PICKS_FOLDER = "previews"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SHEETS = ("sheet.png",)
@@ -66,7 +68,13 @@ def record_of(source: Path) -> ImageRecord | None:
 def find_latent(source: Path, stems: Iterable[str], sha256: str) -> str:
     """A latent of that SHA-256 among those of these names in the folders where ours are kept."""
     here = source.absolute().parent
-    folders = (here / LATENTS, here.parent / LATENTS, here.parent / PICKS_FOLDER / LATENTS, here)
+    folders = (
+        here / LATENTS,
+        here.parent / LATENTS,
+        here.parent / PICKS_FOLDER / LATENTS,
+        here / LATENTS / ENCODED,
+        here,
+    )
     for stem in stems:
         for folder in folders:
             for suffix in SUFFIXES.values():

@@ -113,7 +113,10 @@ _SAMPLE: dict[str, Reader] = {
     "peek_steps": _switch,
     "cache": _switch,
 }
-_PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in ("noise_index", "peek", "peek_steps")}
+_PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in ("noise_index", "peek", "peek_steps")} | {
+    "vae_dtype": _text,
+    "vram": _text,
+}
 _UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
 _RERENDER: dict[str, Reader] = {
     "keep": _text,

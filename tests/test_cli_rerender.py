@@ -139,6 +139,29 @@ def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:
     assert [image["stem"] for image in again.images] == ["0002-64x48-2"], "nothing is overwritten"
 
 
+def test_a_picture_without_its_latent_is_encoded_once_for_all(run: Run, home: Path) -> None:
+    for name in ("0001", "0002", "0003"):
+        preview(home / "previews", name, keep_latent=name == "0002")
+    ran = run("rerender", "previews", "--scale", "2")
+    assert ran.code == 0, ran.err
+    assert [entry["stage"] for entry in ran.log if entry["what"] == "job"] == ["encode", "text", "sample", "decode"]
+    folder = home / "renders" / "latents" / "encoded"
+    assert [Path(image["start_latent"]).parent for image in ran.images] == [
+        folder, home / "previews" / "latents", folder
+    ]  # fmt: skip
+    assert len({image["start_latent"] for image in ran.images}) == 3
+    seed = run("rerender", "previews/0001.png", "--scale", "2", "--keep", "noise")
+    assert "encode" not in [entry["stage"] for entry in seed.log]
+
+
+def test_a_latent_of_another_picture_is_not_taken(run: Run, home: Path) -> None:
+    source = preview(home / "previews", "0001")
+    (home / "previews" / "latents" / "0001.pt").unlink()
+    write_latent(home / "previews" / "latents", "0001", b"\0\0\x80?" * 16 * 48, (1, 16, 6, 8), None)
+    ran = run("rerender", source, "--scale", "2")
+    assert Path(ran.images[0]["start_latent"]).parent.name == "encoded"
+
+
 def test_picks(run: Run, home: Path) -> None:
     for name in ("0001", "0002", "0003"):
         preview(home / "previews", name)
