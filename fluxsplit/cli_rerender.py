@@ -282,6 +282,7 @@ def _plans(orders: Sequence[Order], values: dict[str, Any], out: Path) -> list[t
             device=check_device(values.get("device", "auto")),
             notes=(),
             cache=bool(values.get("cache", True)),
+            vram=check_budget(values.get("vram", "auto")),
             encoders=encoders,
         )
         plans.append((plan, parents))
