@@ -120,7 +120,7 @@ def _tiling(here: _Run, picture: Picture) -> Tiling:
     if job.tile is not None:
         return Tiling(job.tile)
     side = largest_tile(
-        picture.width, picture.height, network.planned_bytes(1, 1), _budget_bytes(job, network), network.multiple
+        picture.width, picture.height, network.planned_bytes(1, 1), _budget_bytes(job, network), network.alignment
     )
     return Tiling(side)
 

@@ -9,9 +9,9 @@ has to be divided afterwards, and along both axes the weights are multiplied.
     tile i+1                       |____/--------------------------|
                                    |  overlap  |
 
-Tiles of one cut have one size, because libraries search anew for the fastest convolution at every new size, and
-begin at multiples of what the network asks for: one that folds 2x2 pixels into channels pairs them wrongly from an
-odd origin.
+Tiles of one cut have one size (but for the last, which may be a little longer), because libraries search anew for the
+fastest convolution at every new size, and begin at multiples of what the network asks for: one that folds 2x2 pixels
+into channels pairs them wrongly from an odd origin.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Span:
 
 
 def cut(length: int, tile: int, overlap: int, multiple: int = 1) -> list[Span]:
-    """Spans of equal size, at most `tile` rounded up to `multiple`, that cover 0..length.
+    """Spans of equal size, at most `tile` rounded up to `multiple`, that cover 0..length and begin at its multiples.
 
-    `length` is a multiple of `multiple`; neighbours overlap by at least `overlap`, of which no more is used than a
-    quarter of a tile. A tile has eight multiples at least.
+    Neighbours overlap by at least `overlap`, of which no more is used than a quarter of a tile. A tile has eight
+    multiples at least. Where `length` is no multiple, the last span is longer by what is left of it.
     """
     tile = max(8, -(-tile // multiple)) * multiple
     if tile >= length:
@@ -64,9 +64,9 @@ def cut(length: int, tile: int, overlap: int, multiple: int = 1) -> list[Span]:
     for number, start in enumerate(starts):
         keep_start = fades[number - 1] if number else 0
         keep_stop = fades[number] + fade if number < count - 1 else length
-        spans.append(
-            Span(start, start + tile, keep_start, keep_stop, fade if number else 0, fade if number < count - 1 else 0)
-        )
+        is_last = number == count - 1
+        stop = length if is_last else start + tile
+        spans.append(Span(start, stop, keep_start, keep_stop, fade if number else 0, 0 if is_last else fade))
     return spans
 
 

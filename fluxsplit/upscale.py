@@ -9,6 +9,8 @@ counted. That is a property of the network, so it holds for every architecture w
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 PROBE_PX = 128
+WINDOW_PX = 32
+"""A multiple of the windows that are in use: 8 (SwinIR, OmniSR), 16 (HAT), 8x32 (DAT)."""
 WORKSPACE = {"cpu": 2.2, "cuda": 1.5}
 """What is taken with what convolution libraries want, as a multiple of the tensors alive. On a CPU oneDNN keeps its own
 copies of input and output (scripts/bench_upscale.py); for graphics cards the figure is assumed, not measured."""
@@ -70,6 +74,9 @@ class Upscaler:
         self._network = _build(self.name, read_state_dict(path))
         self.scale: int = self._network.scale
         self.multiple: int = self._network.size_requirements.multiple_of
+        """Of a picture's sides; where it is none, the picture is mirrored at its end."""
+        self.alignment = _alignment(self._network)
+        """Of the origins of tiles."""
         self.architecture: str = self._network.architecture.name
         self.tiles_itself: bool = self._network.tiling.name == "INTERNAL"
         self.pixel_bytes = _pixel_bytes(self._network)
@@ -173,8 +180,8 @@ def enlarged_strips(
         on_tile(1, 1)
         return
     padded = _padded(pixels, network.multiple)
-    rows = cut(padded.shape[1], tiling.tile, tiling.overlap, network.multiple)
-    columns = cut(padded.shape[2], tiling.tile, tiling.overlap, network.multiple)
+    rows = cut(padded.shape[1], tiling.tile, tiling.overlap, network.alignment)
+    columns = cut(padded.shape[2], tiling.tile, tiling.overlap, network.alignment)
     scale, total = network.scale, len(rows) * len(columns)
     carried = torch.zeros(3, 0, padded.shape[2] * scale)
     for number, row in enumerate(rows):
@@ -314,18 +321,44 @@ def _bounded_memory(extra_bytes: int) -> Iterator[None]:
 
 
 def _pixel_bytes(network: Any) -> float:
-    """Bytes alive at the peak for each pixel that goes in, in fp32, the input not counted."""
-    model = network.model
-    weights = {key: torch.empty_like(value, device="meta") for key, value in model.state_dict().items()}
-    side = -(-max(PROBE_PX, network.size_requirements.minimum) // network.size_requirements.multiple_of)
-    side *= network.size_requirements.multiple_of
-    probe = torch.empty(1, network.input_channels, side, side, device="meta")
-    try:
-        with torch.inference_mode(), _AliveBytes() as alive:
-            torch.func.functional_call(model, weights, (probe,))
-    except Exception:  # a network that asks for values; then a cautious figure serves
-        return UNKNOWN_PIXEL_BYTES
-    return float(alive.peak_bytes / side**2)
+    """Bytes alive at the peak for each pixel that goes in, in fp32, the input not counted.
+
+    On a copy without values, since several architectures keep something of their input in themselves; with values and
+    on few pixels where an architecture (SPAN) does not run without.
+    """
+    for make, wanted_px, device in ((_on_meta, PROBE_PX, "meta"), (lambda model: model, PROBE_PX // 2, "cpu")):
+        least_px = max(wanted_px, network.size_requirements.minimum)
+        side = least_px + -least_px % network.size_requirements.multiple_of
+        with contextlib.suppress(Exception):  # one that asks for values, or for what this machine has not
+            model = make(network.model)
+            probe = torch.zeros(1, network.input_channels, side, side, device=device)
+            with torch.inference_mode(), _AliveBytes() as alive:
+                model(probe)
+            return float(alive.peak_bytes / side**2)
+    return UNKNOWN_PIXEL_BYTES
+
+
+def _alignment(network: Any) -> int:
+    """What the origins of tiles are multiples of.
+
+    Networks with attention cut their input into windows of 8 to 32 pixels, counted from its origin, and pad what is
+    left at the end; spandrel therefore asks for no multiple. In a tile that begins elsewhere all windows are others:
+    a tiny SwinIR then was off by 0.2 of 1, and by 2e-7 from a multiple of its window.
+    """
+    has_windows = any("attn" in name or "relative_position" in name for name in network.model.state_dict())
+    return math.lcm(network.size_requirements.multiple_of, WINDOW_PX if has_windows else 1)
+
+
+def _on_meta(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose tensors have no values, made without copying those of the model."""
+    held = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    empty = {
+        place: torch.nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+        if isinstance(value, torch.nn.Parameter)
+        else torch.empty_like(value, device="meta")
+        for place, value in held.items()
+    }
+    return copy.deepcopy(model, dict(empty))
 
 
 class _AliveBytes(TorchDispatchMode):

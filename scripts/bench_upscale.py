@@ -104,10 +104,12 @@ def hard_cut(network: Upscaler, pixels: Tensor, tile: int) -> Tensor:
     return made
 
 
-def seams(length: int, tile: int, multiple: int, scale: int) -> Tensor:
+def seams(length: int, tile: int, network: Upscaler) -> Tensor:
     """Which of the steps between neighbouring output pixels lie where tiles meet, [length * scale - 1]."""
+    scale = network.scale
     marked = torch.zeros(length * scale - 1, dtype=torch.bool)
-    for span in cut(math.ceil(length / multiple) * multiple, tile, OVERLAP_PX, multiple):
+    padded = math.ceil(length / network.multiple) * network.multiple
+    for span in cut(padded, tile, OVERLAP_PX, network.alignment):
         if span.fade_in:
             marked[span.keep_start * scale - 2 : (span.keep_start + span.fade_in) * scale + 1] = True
     return marked
@@ -149,13 +151,10 @@ def measured(network: Upscaler, pixels: Tensor, with_cuts: bool) -> dict[str, An
     print(f"{network.name} ({network.architecture}, {width}x{height}): equal to spandrel {equal}", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     budget = int(network.planned_bytes(width, height) * 0.4)  # a machine that holds two fifths of the picture
-    auto = largest_tile(width, height, network.planned_bytes(1, 1), budget, network.multiple)
+    auto = largest_tile(width, height, network.planned_bytes(1, 1), budget, network.alignment)
     for name, tile in (("256", 256), ("512", 512), (f"auto ({auto})", auto)):
         made, cpu_s = whole(network, pixels, Tiling(tile, OVERLAP_PX))
-        marks = (
-            seams(height, tile, network.multiple, network.scale),
-            seams(width, tile, network.multiple, network.scale),
-        )
+        marks = [seams(side, tile, network) for side in (height, width)]
         rows.append(compared(name, made, full, *marks, cpu_s))
     if with_cuts:
         start_s = time.process_time()

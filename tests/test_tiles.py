@@ -24,15 +24,15 @@ def weights(span: Span) -> dict[int, float]:
     return given
 
 
-@given(st.integers(1, 900), st.integers(8, 400), st.integers(2, 80), st.sampled_from([1, 2, 4, 8, 16]))
-def test_every_pixel_is_given_once_in_all(blocks: int, tile: int, overlap: int, multiple: int) -> None:
-    length = blocks * multiple
+@given(st.integers(1, 3000), st.integers(8, 400), st.integers(2, 80), st.sampled_from([1, 2, 4, 8, 32]))
+def test_every_pixel_is_given_once_in_all(length: int, tile: int, overlap: int, multiple: int) -> None:
     spans = cut(length, tile, overlap, multiple)
     assert spans[0].start == 0 and spans[-1].stop == length
-    assert len({span.stop - span.start for span in spans}) == 1
+    sizes = [span.stop - span.start for span in spans]
+    assert len(set(sizes[:-1])) <= 1 and 0 <= sizes[-1] - sizes[0] < multiple
     total = dict.fromkeys(range(length), 0.0)
     for span in spans:
-        assert span.start % multiple == 0 and (span.stop - span.start) % multiple == 0
+        assert span.start % multiple == 0 and (span.stop % multiple == 0 or span.stop == length)
         assert span.start <= span.keep_start < span.keep_stop <= span.stop
         assert span.fade_in + span.fade_out <= span.keep_stop - span.keep_start
         for place, weight in weights(span).items():

@@ -112,6 +112,43 @@ def test_tiles_of_x2_begin_at_even_places(weights: dict[str, Path], size: tuple[
     assert (shifted[:, 20:-20, 20:-20] - full[:, 22:-20, 22:-20]).abs().max() > 1e-3, "so that it would be seen"
 
 
+def windowed(path: Path) -> Path:
+    """A SwinIR with windows of 8 pixels and little reach."""
+    from spandrel.architectures.SwinIR import SwinIR
+
+    torch.manual_seed(0)
+    model = SwinIR(
+        img_size=32, window_size=8, depths=[2], embed_dim=12, num_heads=[2], mlp_ratio=2, upscale=2,
+        upsampler="pixelshuffle",
+    )  # fmt: skip
+    torch.save({"params": model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+def test_tiles_of_attention_begin_at_its_windows(tmp_path: Path) -> None:
+    """spandrel asks for no multiple there, but windows are counted from the origin."""
+    network = opened(windowed(tmp_path / "swin.pth"))
+    assert (network.multiple, network.alignment, network.pixel_bytes < 64_000) == (1, 32, True)
+    pixels = torch.rand(3, 300, 270, generator=torch.Generator().manual_seed(1))
+    full = whole(network, pixels, Tiling(0))
+    assert (whole(network, pixels, Tiling(256, 32)) - full).abs().max() < 1e-5
+    network.alignment = 1
+    assert (whole(network, pixels, Tiling(256, 32)) - full).abs().max() > 1e-2, "so that it would be seen"
+
+
+def test_a_network_that_does_not_run_without_values_is_measured_with_them(tmp_path: Path) -> None:
+    from spandrel.architectures.SPAN import SPAN
+
+    torch.manual_seed(0)
+    torch.save(SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2).state_dict(), tmp_path / "span.pth")
+    network = opened(tmp_path / "span.pth")
+    assert 4 * 8 < network.pixel_bytes < 40 * 4 * 8
+    pixels = torch.rand(3, 100, 90, generator=torch.Generator().manual_seed(1))
+    difference = whole(network, pixels, Tiling(64, 16)) - whole(network, pixels, Tiling(0))
+    assert difference.abs().max() < 1e-2
+
+
 def test_progress_counts_every_tile(weights: dict[str, Path]) -> None:
     seen: list[tuple[int, int]] = []
     enlarge(opened(weights["x4"]), torch.rand(3, 100, 90), Tiling(64, 16), lambda *counts: seen.append(counts))
