@@ -154,7 +154,7 @@ def measured(network: Upscaler, pixels: Tensor, with_cuts: bool) -> dict[str, An
     auto = largest_tile(width, height, network.planned_bytes(1, 1), budget, network.alignment)
     for name, tile in (("256", 256), ("512", 512), (f"auto ({auto})", auto)):
         made, cpu_s = whole(network, pixels, Tiling(tile, OVERLAP_PX))
-        marks = [seams(side, tile, network) for side in (height, width)]
+        marks = seams(height, tile, network), seams(width, tile, network)
         rows.append(compared(name, made, full, *marks, cpu_s))
     if with_cuts:
         start_s = time.process_time()
