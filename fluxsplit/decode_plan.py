@@ -108,20 +108,15 @@ class VaePlan:
     """Where planes live: one of `HOMES`."""
     strip_bytes: int
     """Upper bound for a strip's rows, counted in fp32."""
-    work_bytes: int
-    """On the device, beside the planes: strips, weights of one layer, the allocator's own."""
+    device_bytes: int
+    """The predicted peak on the device: a strip's work, weights of one layer, the allocator's own, planes if there."""
     planes_bytes: int
     """Planes at their largest, wherever they live."""
-
-    @property
-    def device_bytes(self) -> int:
-        """The predicted peak on the device."""
-        return self.work_bytes + (self.planes_bytes if self.home == "device" else 0)
 
     def text(self) -> str:
         """For people: where and how much."""
         place = {"device": "on the device", "ram": "in RAM", "disk": "in a file"}[self.home]
-        return f"{self.dtype}, {self.work_bytes / 1e9:.2f} GB of work, {self.planes_bytes / 1e9:.2f} GB {place}"
+        return f"{self.dtype}, peak {self.device_bytes / 1e9:.2f} GB, with {self.planes_bytes / 1e9:.2f} GB {place}"
 
 
 def passes_of_decoder(shape: VaeShape, height: int, width: int) -> tuple[Pass, ...]:
@@ -228,33 +223,39 @@ def block_rows(row_bytes: int) -> int:
     return max(1, ceil(BLOCK_BYTES / row_bytes))
 
 
-def planes_peak(passes: Iterable[Pass], item_bytes: int) -> int:
-    """Bytes of all planes at the worst moment, with the rows given back on the way."""
+def planes_held(passes: Iterable[Pass], item_bytes: int) -> list[int]:
+    """Bytes of all planes at the worst moment of each pass, with the rows given back on the way."""
     alive: dict[str, int] = {}
-    peak = 0
+    held = []
     for one in passes:
-        held = one.height * one.width * one.inputs * item_bytes
+        read = one.height * one.width * one.inputs * item_bytes
         made = one.out_height * one.out_width * one.outputs * item_bytes
         rest = sum(size for name, size in alive.items() if name not in (one.source, one.target))
-        slack = min(held, 2 * BLOCK_BYTES) if one.last_use else 0
+        grown = made * (2 if one.shortcut else 1)
         if one.kind == "attention":
-            peak = max(peak, rest + 3 * made)
-        elif one.adds:
-            peak = max(peak, rest + made + held)
+            held.append(rest + 3 * made)
+        elif one.adds or not one.last_use:
+            held.append(rest + read + grown)
         else:
-            made_here = made * (2 if one.shortcut else 1)
-            peak = max(peak, rest + (max(held, made_here) + slack if one.last_use else held + made_here))
+            held.append(rest + max(read, grown) + min(read, grown, BLOCK_BYTES))
         if one.last_use:
             alive.pop(one.source, None)
         alive[one.target] = made
         if one.shortcut:
             alive["x"] = made
-    return peak
+    return held
 
 
-def work_peak(passes: Iterable[Pass], strip_bytes: int, item_bytes: int) -> int:
-    """Bytes that the most demanding pass has in hand beside planes: window, result, statistics, weights."""
-    return max(_work(one, strip_bytes, item_bytes) for one in passes) + ALLOCATOR_BYTES
+def planes_peak(passes: Iterable[Pass], item_bytes: int) -> int:
+    """Bytes of all planes at the worst moment."""
+    return max(planes_held(passes, item_bytes))
+
+
+def device_peak(passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str) -> int:
+    """Bytes on the device in the most demanding pass: window, result, statistics, weights, and planes if there."""
+    held = planes_held(passes, item_bytes) if home == "device" else [0] * len(passes)
+    work = (_work(one, strip_bytes, item_bytes) for one in passes)
+    return max(planes + strip for planes, strip in zip(held, work, strict=True)) + ALLOCATOR_BYTES
 
 
 def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
@@ -291,16 +292,15 @@ def plan_vae(
     item = DTYPE_BYTES[dtype]
     planes = planes_peak(passes, item)
     homes = [home for home in HOMES if not (on_cpu and home == "ram")]
-    context = 0 if on_cpu else CONTEXT_BYTES
+    left = budget_bytes - (0 if on_cpu else CONTEXT_BYTES)
     for home in homes[min(smaller, len(homes) - 1) :]:
         strip = _strip_bytes(budget_bytes, on_cpu, smaller)
-        left = budget_bytes - context - (planes if home == "device" else 0)
-        while (work := work_peak(passes, strip, item)) > left and strip > MIN_STRIP_BYTES:
+        while (peak := device_peak(passes, strip, item, home)) > left and strip > MIN_STRIP_BYTES:
             strip //= 2
-        fits_ram = home != "ram" or ram_bytes is None or planes + work <= ram_bytes
-        if work <= left and fits_ram:
-            return VaePlan(dtype, home, strip, work + context, planes)
-    least = work_peak(passes, MIN_STRIP_BYTES, item) + context
+        fits_ram = home != "ram" or ram_bytes is None or planes + peak <= ram_bytes
+        if peak <= left and fits_ram:
+            return VaePlan(dtype, home, strip, peak + budget_bytes - left, planes)
+    least = device_peak(passes, MIN_STRIP_BYTES, item, "disk") + budget_bytes - left
     size = f"{passes[-1].out_width}x{passes[-1].out_height}"
     raise OutOfMemory(
         f"the VAE needs {least / 1e9:.2f} GB for {size} in {dtype} even in the smallest strips, "

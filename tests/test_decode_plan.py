@@ -9,12 +9,12 @@ from fluxsplit.decode_plan import (
     HOMES,
     VaeShape,
     attention_tokens,
+    device_peak,
     passes_of_decoder,
     passes_of_encoder,
     plan_vae,
     planes_peak,
     strip_rows,
-    work_peak,
 )
 from fluxsplit.errors import OutOfMemory
 
@@ -106,4 +106,4 @@ def test_chunks_of_the_attention_are_bounded() -> None:
     for tokens in (1, 100, 16992, 262144):
         queries, keys = attention_tokens(tokens, 6 << 20)
         assert 1 <= queries <= tokens and 1 <= keys <= tokens and queries * keys <= 6 << 20
-    assert work_peak(passes_of_decoder(FLUX, 512, 512), 6 << 20, 4) < GB // 4
+    assert device_peak(passes_of_decoder(FLUX, 512, 512), 6 << 20, 4, "disk") < GB // 4
