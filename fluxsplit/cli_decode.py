@@ -10,6 +10,7 @@ from typing import Any
 from fluxsplit.arguments import check_choice, check_device, read_stdin
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
+from fluxsplit.decode_plan import NO_SMALLER_PLAN_HINT
 from fluxsplit.errors import FluxsplitError, OutOfMemory, UsageError
 from fluxsplit.executor import StageProcess, run_stage
 from fluxsplit.fingerprint import file_sha256
@@ -123,7 +124,7 @@ def _events(job: DecodeJob, progress: Progress, ahead: StageProcess | None) -> I
             done = int(event["done"]) if event["event"] == "decode" else done
             yield event
     except OutOfMemory as error:
-        if job.smaller:
+        if job.smaller or error.hint == NO_SMALLER_PLAN_HINT:
             raise
         progress.note(f"{error.line()}; trying once more with a smaller plan")
         rest = replace(job, latents=job.latents[done:], parents=job.parents[done:], smaller=1)

@@ -9,6 +9,7 @@ from typing import Any
 from fluxsplit.arguments import check_choice, check_device, parse_size
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import gather_pictures
+from fluxsplit.decode_plan import NO_SMALLER_PLAN_HINT
 from fluxsplit.errors import OutOfMemory
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import EncodeJob, absolute
@@ -57,7 +58,7 @@ def encode_events(job: EncodeJob, progress: Progress) -> Iterator[dict[str, Any]
             done = int(event["done"]) if event["event"] == "encode" else done
             yield event
     except OutOfMemory as error:
-        if job.smaller:
+        if job.smaller or error.hint == NO_SMALLER_PLAN_HINT:
             raise
         progress.note(f"{error.line()}; trying once more with a smaller plan")
         yield from encode_events(replace(job, images=job.images[done:], smaller=1), progress)

@@ -22,17 +22,20 @@ HOMES = ("device", "ram", "disk")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FACTOR = 8
 """Pixels of a picture for one of its latent, each way, in a VAE of four widths."""
-BLOCK_BYTES = 34 << 20
-"""Planes come in blocks of rows. Over 32 MiB glibc gives each its own mapping, which freeing hands back at once."""
+BLOCK_BYTES = 8 << 20
+"""Planes come in blocks of rows, which are given back one by one."""
 CPU_STRIP_BYTES = 6 << 20
 """A strip in fp32: small enough for the last-level cache, large enough that its overhead does not count."""
 MAX_STRIP_BYTES = 256 << 20
 MIN_STRIP_BYTES = 1 << 20
-ALLOCATOR_BYTES = 24 << 20
+ALLOCATOR_BYTES = 23 << 20
 """What the allocator and oneDNN keep between strips; measured by scripts/bench_decode.py."""
 
 CONTEXT_BYTES = 384 << 20
 """Of a graphics card: the driver's context, the convolution library's workspace, fragments. Allowed, not measured."""
+
+NO_SMALLER_PLAN_HINT = "give --vram more, or use --device cpu"
+"""Of the error that no other plan would help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +255,13 @@ def planes_peak(passes: Iterable[Pass], item_bytes: int) -> int:
 
 
 def device_peak(passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str) -> int:
-    """Bytes on the device in the most demanding pass: window, result, statistics, weights, and planes if there."""
-    held = planes_held(passes, item_bytes) if home == "device" else [0] * len(passes)
-    work = (_work(one, strip_bytes, item_bytes) for one in passes)
-    return max(planes + strip for planes, strip in zip(held, work, strict=True)) + ALLOCATOR_BYTES
+    """Bytes on the device: what the most demanding pass works with, the picture, and the planes if they live there.
+
+    Allocators keep what was freed, so that the largest work counts beside the largest planes, whenever each was.
+    """
+    work = max(_work(one, strip_bytes, item_bytes) for one in passes)
+    picture = passes[-1].out_height * passes[-1].out_width * passes[-1].outputs  # in bytes of 8 bits
+    return (planes_peak(passes, item_bytes) if home == "device" else 0) + work + picture + ALLOCATOR_BYTES
 
 
 def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
@@ -268,10 +274,12 @@ def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
     out_rows = 2 * rows if one.kind == "up" else rows
     window = window_rows * one.width * one.inputs
     out = out_rows * one.out_width * one.outputs
-    kernel = one.inputs * one.outputs * (16 if one.kind == "up" else 9)
+    stored = one.inputs * one.outputs * 9 * item_bytes
+    kernel = stored * 16 // 9 if one.kind == "up" else stored
     widened = 4 * window if item_bytes == 2 and one.norm else 0
     results = out * item_bytes * (2 if one.kind == "up" or one.shortcut else 1)
-    return window * item_bytes + max(widened, results + 4 * out) + 3 * kernel * item_bytes
+    strip = max(widened, results + 4 * out)
+    return window * item_bytes + max(stored + kernel, kernel * 3 // 2 + strip)
 
 
 def plan_vae(
@@ -303,9 +311,9 @@ def plan_vae(
     least = device_peak(passes, MIN_STRIP_BYTES, item, "disk") + budget_bytes - left
     size = f"{passes[-1].out_width}x{passes[-1].out_height}"
     raise OutOfMemory(
-        f"the VAE needs {least / 1e9:.2f} GB for {size} in {dtype} even in the smallest strips, "
-        f"and {budget_bytes / 1e9:.2f} GB may be used",
-        "give --vram more, or use --device cpu",
+        f"the VAE needs {least / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
+        f"and {budget_bytes / 1e6:.0f} MB may be used",
+        NO_SMALLER_PLAN_HINT,
     )
 
 

@@ -56,29 +56,44 @@ class Plane:
         if number not in self._blocks:
             rows = min(self._block_rows, self.height - number * self._block_rows)
             size = (rows, self.width, self.channels)
-            if self._folder is None:
+            if self._device.type != "cpu":
                 self._blocks[number] = torch.empty(size, dtype=self.dtype, device=self._device)
             else:
-                self._blocks[number] = _on_disk(size, self.dtype, self._folder)
+                self._blocks[number] = _mapped(size, self.dtype, self._folder)
         return self._blocks[number]
 
 
-def _on_disk(size: tuple[int, ...], dtype: torch.dtype, folder: str) -> torch.Tensor:
-    """A tensor in a file without a name; its space is reserved here, so that a full disk is an error and not SIGBUS."""
+def _mapped(size: tuple[int, ...], dtype: torch.dtype, folder: str | None) -> torch.Tensor:
+    """A tensor in a mapping of its own: of memory, or where a folder is given of a file without a name.
+
+    malloc would keep what is freed, and break it up. A file's space is reserved here, so that a full disk is an error
+    and not SIGBUS.
+    """
     count = int(torch.Size(size).numel()) * dtype.itemsize
     try:
-        with tempfile.TemporaryFile(dir=folder or None) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, count)
-            else:
-                file.truncate(count)
-            mapped = mmap.mmap(file.fileno(), count)
+        if folder is not None:
+            mapped = _on_disk(count, folder)
+        elif hasattr(mmap, "MAP_ANONYMOUS"):
+            mapped = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            mapped = mmap.mmap(-1, count)
     except OSError as error:
+        if folder is None:
+            raise MemoryError(f"cannot map {count} bytes: {error.strerror}") from error
         place = folder or tempfile.gettempdir()
         raise FluxsplitError(
             f"cannot keep activations in {place}: {error.strerror}", "free some space, or set TMPDIR to another folder"
         ) from error
     return torch.frombuffer(mapped, dtype=dtype).view(size)
+
+
+def _on_disk(count: int, folder: str) -> mmap.mmap:
+    with tempfile.TemporaryFile(dir=folder or None) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, count)
+        else:
+            file.truncate(count)
+        return mmap.mmap(file.fileno(), count)
 
 
 def spill_folder(environment: dict[str, str] | os._Environ[str]) -> str:

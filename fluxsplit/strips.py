@@ -204,7 +204,7 @@ class Strips:
         source, rows = self.planes[one.source], strip_rows(one, self._plan.strip_bytes)
         window = self._window(one, rows + 2)
         bias = self._layer(f"{one.weights}.bias").repeat(2)
-        above, below = (self._channels_last(half) for half in phase_kernels(self._layer(f"{one.weights}.weight")))
+        above, below = phase_kernels(self._layer(f"{one.weights}.weight"))
         for start in range(0, one.height, rows):
             stop = min(start + rows, one.height)
             near = window.rows(start - 1, stop + 1)
@@ -278,9 +278,7 @@ class Strips:
         return gathered.div_(total)
 
     def _kernel(self, layer: str) -> torch.Tensor:
-        return self._channels_last(self._layer(f"{layer}.weight"))
-
-    def _channels_last(self, weight: torch.Tensor) -> torch.Tensor:
+        weight = self._layer(f"{layer}.weight")
         return weight if torch.version.hip else weight.contiguous(memory_format=torch.channels_last)
 
 
@@ -349,14 +347,17 @@ def phase_kernels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A 3x3 kernel [O, C, 3, 3] after nearest-2x as 2x2 kernels [2 O, C, 2, 2], for even and for odd rows.
 
     The first half of the outputs is for even columns. Even rows see rows (i - 1, i, i) of the small plane, odd ones
-    (i, i, i + 1); columns likewise. Summed in fp32.
+    (i, i, i + 1); columns likewise. Summed in fp32, one tap at a time.
     """
-    wide = weight.float()
-    rows = (torch.stack((wide[:, :, 0], wide[:, :, 1] + wide[:, :, 2]), 2),
-            torch.stack((wide[:, :, 0] + wide[:, :, 1], wide[:, :, 2]), 2))  # fmt: skip
+    outputs, inputs = weight.shape[:2]
+    layout = torch.contiguous_format if torch.version.hip else torch.channels_last
+    seen = (((0,), (1, 2)), ((0, 1), (2,)))  # by parity: which of the three taps meet in each of the two
     halves = []
-    for half in rows:  # [O, C, 2, 3]
-        even = torch.stack((half[..., 0], half[..., 1] + half[..., 2]), 3)
-        odd = torch.stack((half[..., 0] + half[..., 1], half[..., 2]), 3)
-        halves.append(torch.cat((even, odd)).to(weight.dtype))
+    for rows in seen:
+        half = torch.empty((2 * outputs, inputs, 2, 2), dtype=weight.dtype, device=weight.device, memory_format=layout)
+        for parity, columns in enumerate(seen):
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                taps = [weight[:, :, r, c].float() for r in rows[i] for c in columns[j]]
+                half[parity * outputs : (parity + 1) * outputs, :, i, j] = torch.stack(taps).sum(0)
+        halves.append(half)
     return halves[0], halves[1]

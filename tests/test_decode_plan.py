@@ -75,11 +75,9 @@ def test_a_plan_fits_its_budget_or_is_refused(dtype: str) -> None:
 
 def test_the_same_budget_holds_any_size() -> None:
     """What is on the device is bounded: only the planes on disk grow with the picture."""
-    plans = [
-        plan_vae(passes_of_decoder(FLUX, side, side), "fp32", GB // 4, on_cpu=True) for side in (128, 256, 512, 1024)
-    ]
+    plans = [plan_vae(passes_of_decoder(FLUX, side, side), "fp32", GB // 4, on_cpu=True) for side in (128, 256, 512)]
     assert {plan.home for plan in plans} == {"disk"}
-    assert plans[-1].planes_bytes == pytest.approx(64 * plans[0].planes_bytes, rel=0.2)
+    assert plans[-1].planes_bytes == pytest.approx(16 * plans[0].planes_bytes, rel=0.2)
 
 
 def test_a_smaller_plan_is_smaller() -> None:
@@ -90,7 +88,7 @@ def test_a_smaller_plan_is_smaller() -> None:
 
 
 def test_what_cannot_fit_says_what_it_needs() -> None:
-    with pytest.raises(OutOfMemory, match=r"4096x4096 in fp32 .* and 0.01 GB may be used"):
+    with pytest.raises(OutOfMemory, match=r"4096x4096 in fp32 .* and 10 MB may be used"):
         plan_vae(passes_of_decoder(FLUX, 512, 512), "fp32", 10_000_000, on_cpu=True)
 
 

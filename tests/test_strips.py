@@ -187,13 +187,14 @@ def test_tiles_are_diffusers_own(random_vae: Vae) -> None:
 
 def test_planes_give_back_what_was_read(tmp_path: Path) -> None:
     for home in ("device", "ram", "disk"):
-        plane = Plane((6000, 64, 32), torch.float32, CPU, home, str(tmp_path))  # 49 MB: two blocks
-        for start, piece in plane.pieces(0, 6000):
+        plane = Plane((1500, 64, 32), torch.float32, CPU, home, str(tmp_path))  # 12 MB: two blocks
+        for start, piece in plane.pieces(0, 1500):
             piece.copy_(torch.arange(start, start + len(piece))[:, None, None].expand_as(piece))
-        pieces = list(plane.pieces(4000, 4500))
-        assert torch.cat([piece for _, piece in pieces])[:, 3, 5].tolist() == list(range(4000, 4500))
+        pieces = list(plane.pieces(1000, 1100))
+        assert len(pieces) == 2
+        assert torch.cat([piece for _, piece in pieces])[:, 3, 5].tolist() == list(range(1000, 1100))
         assert len(plane._blocks) == 2
-        plane.release(4500)
+        plane.release(1100)
         assert len(plane._blocks) == 1
         plane.close()
         assert not plane._blocks
