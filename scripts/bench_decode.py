@@ -4,7 +4,7 @@
     python scripts/bench_decode.py --sizes 2048x2048 --cases strips-disk
     python scripts/bench_decode.py --plan                             # ten points of plan against peak
     python scripts/bench_decode.py --sizes 256x256 --dtypes fp32 --cases stock strips-ram tiles-192 tiles-128
-    python scripts/bench_decode.py --sizes 256x256 --cases strips-ram tiles-192 tiles-128 --maps docs/images/decode-errors.png
+    python scripts/bench_decode.py --sizes 256x256 --cases strips-ram tiles-192 tiles-128 --maps errors.png
     python scripts/bench_decode.py --caps 1,2,4                       # on a graphics card, GB
 
 The VAE has the real sizes and random weights, whose spread of 1 / sqrt(inputs) keeps every activation in range; made
