@@ -18,6 +18,7 @@ compared are CPU seconds, since wall seconds of a shared machine say nothing. Li
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import bench_fp8
 from bench_watch import AnonymousPeak, Usage, drop_from_cache, usage
@@ -42,6 +43,18 @@ from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 HERE = Path(__file__).parent
 GB = 10**9
 T5_WIDTH, CLIP_WIDTH = 4096, 768
+PLANNED = (
+    "budget_bytes",
+    "resident_bytes",
+    "streamed_bytes",
+    "slots",
+    "together",
+    "query_chunk",
+    "peak_bytes",
+    "step_s",
+    "limit",
+)
+"""Of the plan that the stage tells: what is kept, besides how many blocks stay and stream."""
 
 
 @dataclass(slots=True)
@@ -53,6 +66,7 @@ class Watched:
     """Before the first step and after each."""
     plan: dict[str, Any] = field(default_factory=dict)
     device_bytes: dict[str, int] = field(default_factory=dict)
+    latents_sha256: list[str] = field(default_factory=list)
     error: str = ""
 
 
@@ -69,7 +83,11 @@ def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Watch
                 if event["event"] in ("load", "step"):
                     take(seen, event, usage(stage.pid))
                 elif event["event"] == "plan":
-                    seen.plan = {name: value for name, value in event.items() if name != "event"}
+                    seen.plan = {name: event[name] for name in PLANNED}
+                    seen.plan |= {name: len(event[name]) for name in ("resident", "streamed")}
+                elif event["event"] == "result":
+                    latents = load_file(event["path"])["latents"]
+                    seen.latents_sha256.append(hashlib.sha256(latents.numpy().tobytes()).hexdigest()[:16])
                 elif event["event"] == "failed":
                     seen.error = event["message"]
         except FluxsplitError as error:
@@ -100,7 +118,7 @@ def sample_job(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Sample
     )
     budget: dict[str, Any] = {"vram": f"{cap_bytes / GB:g}G"} if cap_bytes else {}
     files = ModelFiles(str(args.path.absolute()))
-    return SampleJob(images, files, str(folder / "out"), "pt", args.dtype, args.device, **budget)
+    return SampleJob(images, files, str(folder / "out"), "safetensors", args.dtype, args.device, **budget)
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -115,7 +133,7 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
     """The figures of one cap; of the steps all but the first are warm."""
     found: dict[str, Any] = {"cap_gb": cap_bytes / GB or None, "peak_anonymous_bytes": seen.peak_anonymous_bytes}
     found |= {f"peak_device_{name}_bytes": count for name, count in seen.device_bytes.items()}
-    found |= {"plan": seen.plan} if seen.plan else {}
+    found |= {"plan": seen.plan, "latents_sha256": seen.latents_sha256}
     if seen.error or len(seen.steps) < 3:
         return {**found, "error": seen.error or "the stage told of fewer than two steps"}
     pairs = list(zip(seen.steps, seen.steps[1:], strict=False))
@@ -123,24 +141,29 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
     wall_s = median(after.wall_s - before.wall_s for before, after in warm)
     cpu_s = median(after.cpu_s - before.cpu_s for before, after in warm)
     step_s = cpu_s if is_cpu(args) else wall_s
-    moved = floor["weight_bytes"]
+    moved_bytes = floor["weight_bytes"] if is_cpu(args) else seen.plan["streamed_bytes"]
     return found | {
         "first_step_s": round(pairs[0][1].wall_s - pairs[0][0].wall_s, 2),
         "step_s": round(wall_s, 3),
         "step_cpu_s": round(cpu_s, 2),
         "step_system_s": round(median(after.system_s - before.system_s for before, after in warm), 2),
         "disk_bytes_per_step": round(median(after.disk_bytes - before.disk_bytes for before, after in warm)),
-        "weight_bytes_per_s": round(moved / step_s),
+        "moved_bytes_per_s": round(moved_bytes / step_s),
+        "planned_over_measured_peak": round(seen.plan["peak_bytes"] / measured_bytes(args, seen), 3),
         "step_over_compute": round(step_s / (args.pictures * floor["compute_s"]), 3),
         "step_over_floor": round(step_s / floor_s(args, floor, seen.plan), 3),
     }
 
 
+def measured_bytes(args: argparse.Namespace, seen: Watched) -> int:
+    """The peak that a plan predicts: anonymous memory on a CPU, the allocator's on a card."""
+    return seen.peak_anonymous_bytes if is_cpu(args) else seen.device_bytes["reserved"]
+
+
 def floor_s(args: argparse.Namespace, floor: dict[str, Any], plan: dict[str, Any]) -> float:
-    """max(compute, transfer): what streams crosses the bus once a step, whatever the number of pictures."""
-    streamed_bytes = plan.get("streamed_bytes", floor["weight_bytes"])
-    rate = floor["page_cache_bytes_per_s"] if is_cpu(args) else floor["bus_bytes_per_s"]
-    return max(float(args.pictures * floor["compute_s"]), float(streamed_bytes / rate))
+    """max(compute, transfer): what streams is moved once a step, whatever the number of pictures."""
+    rate = floor["disk_bytes_per_s"] if is_cpu(args) else floor["bus_bytes_per_s"]
+    return max(float(args.pictures * floor["compute_s"]), float(plan["streamed_bytes"] / rate))
 
 
 def is_cpu(args: argparse.Namespace) -> bool:
@@ -201,7 +224,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     floor = floors[0]
     print(f"floor: {floor}", file=sys.stderr)
     result |= {"size": "x".join(map(str, args.size)), "steps": args.steps, "pictures": args.pictures, "floor": floor}
-    result["budgets"] = [one_budget(args, int(cap * GB), floor) for cap in args.caps]
+    result["budgets"] = rows = [one_budget(args, int(cap * GB), floor) for cap in args.caps]
+    result["same_bits_at_every_cap"] = len({str(found["latents_sha256"]) for found in rows}) == 1
     if "diffusers" in args.peers:
         result["peers"] = [measure_peer(args, floor, layerwise) for layerwise in (False, True)]
         print(f"peers: {result['peers']}", file=sys.stderr)
