@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 
 import bench_fp8
 from bench_watch import AnonymousPeak, Usage, drop_from_cache, usage
+from fluxsplit import checkpoint
 from fluxsplit.device import device_name, pick_device
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.executor import StageProcess
@@ -42,7 +43,6 @@ from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 
 HERE = Path(__file__).parent
 GB = 10**9
-T5_WIDTH, CLIP_WIDTH = 4096, 768
 PLANNED = (
     "budget_bytes",
     "resident_bytes",
@@ -108,9 +108,11 @@ def sample_job(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Sample
     """One picture of random conditioning, through the job that the command line would send."""
     conditioning = folder / "conditioning.safetensors"
     if not conditioning.exists():
-        random = torch.Generator().manual_seed(0)
-        t5 = torch.randn(1, args.text_tokens, T5_WIDTH, generator=random) * 0.1
-        save_file({"t5": t5, "pooled": torch.randn(1, CLIP_WIDTH, generator=random)}, conditioning)
+        random, part = torch.Generator().manual_seed(0), checkpoint.part(args.path, "transformer")
+        t5_width = part.shape("context_embedder.weight")[1]
+        pooled_width = part.shape("time_text_embed.text_embedder.linear_1.weight")[1]
+        t5 = torch.randn(1, args.text_tokens, t5_width, generator=random) * 0.1
+        save_file({"t5": t5, "pooled": torch.randn(1, pooled_width, generator=random)}, conditioning)
     width, height = args.size
     images = tuple(
         ImageJob("bench", str(conditioning), seed=seed, width=width, height=height, steps=args.steps)
@@ -150,7 +152,7 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         "disk_bytes_per_step": round(median(after.disk_bytes - before.disk_bytes for before, after in warm)),
         "moved_bytes_per_s": round(moved_bytes / step_s),
         "planned_over_measured_peak": round(seen.plan["peak_bytes"] / measured_bytes(args, seen), 3),
-        "step_over_compute": round(step_s / (args.pictures * floor["compute_s"]), 3),
+        "step_over_compute": round(step_s / (seen.plan["together"] * floor["compute_s"]), 3),
         "step_over_floor": round(step_s / floor_s(args, floor, seen.plan), 3),
     }
 
@@ -161,9 +163,9 @@ def measured_bytes(args: argparse.Namespace, seen: Watched) -> int:
 
 
 def floor_s(args: argparse.Namespace, floor: dict[str, Any], plan: dict[str, Any]) -> float:
-    """max(compute, transfer): what streams is moved once a step, whatever the number of pictures."""
+    """max(compute, transfer) of one pass: what streams is moved once, whatever the number of pictures in it."""
     rate = floor["disk_bytes_per_s"] if is_cpu(args) else floor["bus_bytes_per_s"]
-    return max(float(args.pictures * floor["compute_s"]), float(plan["streamed_bytes"] / rate))
+    return max(float(plan["together"] * floor["compute_s"]), float(plan["streamed_bytes"] / rate))
 
 
 def is_cpu(args: argparse.Namespace) -> bool:
