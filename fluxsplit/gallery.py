@@ -89,6 +89,7 @@ def open_gallery(
         if os.name == "posix":  # elsewhere it would let another program take the port over
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(("127.0.0.1", port))
+        bound.listen()  # who comes before the server runs waits, and is not refused
     except (OSError, OverflowError) as error:
         bound.close()
         reason = getattr(error, "strerror", None) or str(error)

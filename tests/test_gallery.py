@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,13 @@ def test_the_stream_begins_with_all_there_is(client: Client) -> None:
     assert messages[0] == {"reset": True}
     names = [item["name"] for message in messages for item in message.get("items", [])]
     assert sorted(names) == ["0001.png", "0001.png", "0002.png", "0003.png"]
+
+
+def test_who_comes_before_the_server_runs_is_not_refused(tmp_path: Path) -> None:
+    """The address is printed, and the browser opened, a moment before."""
+    gallery, bound = open_gallery(tmp_path, tmp_path)
+    with bound, socket.create_connection(("127.0.0.1", gallery.keys.port), timeout=5):
+        gallery.close()
 
 
 def test_new_pictures_and_decisions_of_others_arrive(client: Client) -> None:
