@@ -87,11 +87,11 @@ class GalleryIndex:
         fresh = {id: read_picture(id, *listed[id], folder=self._folder(listed[id][1])) for id in stale[:READ_AT_ONCE]}
         picks, complaint = self._read_picks()
         with self._lock:
-            self._pictures = {id: fresh.get(id) or known[id] for id in listed if id in fresh or id in known}
-            if picks is not None:
-                self._picks = picks
+            if fresh or picks is not None or listed.keys() != known.keys():
+                self._pictures = {id: fresh.get(id) or known[id] for id in listed if id in fresh or id in known}
+                self._picks = self._picks if picks is None else picks
+                self._publish()
             self.notice = complaint or notice
-            self._publish()
         return len(stale) > READ_AT_ONCE
 
     def changes_since(self, revision: int) -> tuple[int, list[dict[str, Any]], list[str]]:

@@ -79,12 +79,20 @@ function take(event) {
   for (const id of event.gone || []) { items.delete(id); marked.delete(id); }
   if (event.notice !== undefined) notice(event.notice);
   if (event.renders) { renders = event.renders; showRenders(); }
-  if (event.items || event.gone || event.reset) later();
+  if (event.items || event.gone || event.reset) {
+    sorted = null;
+    later();
+  }
 }
 
 // ---- which pictures, and where: groups by prompt, rows of one height filled to both edges
 
-const previews = () => [...items.values()].filter((item) => item.kind === "preview");
+let sorted = null; // until something comes or goes
+
+function previews() {
+  sorted ??= [...items.values()].filter((item) => item.kind === "preview").sort((a, b) => natural.compare(a.name, b.name));
+  return sorted;
+}
 
 function wanted(item) {
   const words = byId("prompt-filter").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -103,7 +111,7 @@ function later() {
 }
 
 function arrange() {
-  const all = previews().sort((a, b) => natural.compare(a.name, b.name));
+  const all = previews();
   const groups = new Map();
   for (const item of all) {
     const key = item.error ? "\0" : item.prompt;
