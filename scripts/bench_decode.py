@@ -181,7 +181,7 @@ def draw_maps(args: argparse.Namespace) -> None:
         image = Image.fromarray((error * 8).clamp(0, 255).to(torch.uint8).numpy())
         panel = Image.new("L", (image.width, image.height + 24), 255)
         panel.paste(image, (0, 24))
-        text = f"{title}, {size}: largest error {float(error.max()):.2g} of 255 levels"
+        text = f"{title}: up to {float(error.max()):.2g} of 255 levels"
         ImageDraw.Draw(panel).text((6, 6), text, fill=0)
         panels.append(panel)
     sheet = Image.new("L", (sum(panel.width + 8 for panel in panels) - 8, panels[0].height), 255)
