@@ -119,7 +119,19 @@ def server(gallery: Gallery) -> uvicorn.Server:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=2,
     )
-    return uvicorn.Server(config)
+    return _Server(config, gallery)
+
+
+class _Server(uvicorn.Server):
+    """Tells the streams that it ends, for it waits for them."""
+
+    def __init__(self, config: uvicorn.Config, gallery: Gallery) -> None:
+        super().__init__(config)
+        self._gallery = gallery
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gallery.closing.set()
+        await super().shutdown(sockets)
 
 
 def serve(gallery: Gallery, bound: socket.socket, running: uvicorn.Server | None = None) -> None:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,10 +139,14 @@ def test_the_command_prints_its_address_and_ends_at_ctrl_c(tmp_path: Path) -> No
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("http://127.0.0.1:") and len(line.partition("#")[2]) > 40
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    port, token = line.strip().removeprefix("http://127.0.0.1:").split("/#")
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=60) as page:  # a page that is open meanwhile
+        head = f"GET /api/events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-Fluxsplit-Token: {token}\r\n\r\n"
+        page.sendall(head.encode())
+        assert page.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == "" and err == "fluxsplit: the gallery runs until Ctrl-C\n"
 
 
 @pytest.mark.parametrize(
