@@ -56,13 +56,19 @@ class Layout:
     bytes: int
 
 
-def layout(block: nn.Module) -> Layout:
-    """How a block's matrices lie in a slot; those that are in no one piece of the file are left where they are."""
+def layout(block: nn.Module, as_mapped: bool = False) -> Layout:
+    """How a block's matrices lie in a slot; those that are in no one piece of the file are left where they are.
+
+    A CPU's matrix products differ in the last bits with the alignment of their operands: with `as_mapped` every matrix
+    is as far from a multiple of 256 as it is in the map.
+    """
     places, at = [], 0
     for child in block.modules():
         if isinstance(child, StoredLinear) and child.span is not None:
-            places.append(Place(child, child.span, at, child.stored.dtype, child.stored.shape))
-            at += -(-child.span.bytes // ALIGN_BYTES) * ALIGN_BYTES
+            dtype, span = child.stored.dtype, child.span
+            off = span.start % ALIGN_BYTES if as_mapped and span.start % dtype.itemsize == 0 else 0
+            places.append(Place(child, span, at + off, dtype, child.stored.shape))
+            at += -(-(off + span.bytes) // ALIGN_BYTES) * ALIGN_BYTES
     return Layout(tuple(places), at)
 
 
@@ -143,14 +149,14 @@ class Streaming:
     ) -> None:
         """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does."""
         self._files, self._device = files, device
-        self._layouts = [layout(block) for block in blocks]
+        self._layouts = [layout(block, as_mapped=device.type == "cpu") for block in blocks]
         self._order = [number for number in range(len(blocks)) if number not in resident]
         self._copier = Copier(files, device, piece_bytes, pieces, on_read)
         for number in sorted(resident):
             self._load(self._layouts[number])
         largest = max((self._layouts[number].bytes for number in self._order), default=0)
         # Ordered by the events from the first use on; what the allocator hands out may still be in use before that.
-        self._slots = [_Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(slots)]
+        self._slots = [_Slot(_aligned(largest, device)) for _ in range(slots)]
         if self._copier.stream is not None:
             self._copier.stream.wait_stream(torch.cuda.current_stream(device))
         self._ahead = ahead
@@ -234,13 +240,20 @@ class Streaming:
             slot.filled.record(stream)
 
     def _load(self, layout: Layout) -> None:
-        memory = torch.empty(layout.bytes, dtype=torch.uint8, device=self._device)
+        memory = _aligned(layout.bytes, self._device)
         if self._copier.stream is not None:
             self._copier.stream.wait_stream(torch.cuda.current_stream(self._device))
         self._copier.fill(memory, layout)
         if self._copier.stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._copier.stream)
         attach(layout, memory)
+
+
+def _aligned(count: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory that begins at a multiple of 256."""
+    memory = torch.empty(count + ALIGN_BYTES, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % ALIGN_BYTES
+    return memory[start : start + count]
 
 
 def _buffer(memory: torch.Tensor) -> memoryview:

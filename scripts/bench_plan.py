@@ -1,0 +1,81 @@
+"""Holds the memory plan's predictions against what the sample stage then used, at ten points of size and budget.
+
+    python scripts/synthetic_checkpoint.py /tmp/short.safetensors --depth 2+4
+    python scripts/bench_plan.py /tmp/short.safetensors
+
+Each point is a run of the real stage in its own process with one thread: its `plan` event against the peak of RssAnon,
+imports included, and against CPU seconds of a warm step (wall seconds of a shared machine say nothing). The last line
+is JSON. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import Watched, watch_stage
+
+POINTS = (
+    # width, height, text tokens, dtype, budget in GB
+    (256, 256, 64, "bf16", 0.6),
+    (512, 512, 256, "bf16", 0.8),
+    (512, 512, 256, "bf16", 4),
+    (768, 512, 256, "bf16", 1),
+    (768, 768, 512, "bf16", 1.5),
+    (1024, 768, 256, "bf16", 1.5),
+    (1024, 1024, 256, "bf16", 2),
+    (256, 256, 64, "fp32", 1),
+    (512, 512, 256, "fp32", 1.5),
+    (640, 768, 256, "fp32", 2),
+)
+
+
+def measure(path: Path, point: tuple[int, int, int, str, float], steps: int) -> dict[str, object]:
+    """One run; predicted and measured side by side."""
+    width, height, text_tokens, dtype, cap = point
+    args = argparse.Namespace(
+        path=path, size=(width, height), text_tokens=text_tokens, dtype=dtype, device="cpu", steps=steps, pictures=1,
+        threads=1,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        seen: Watched = watch_stage(args, int(cap * 10**9), Path(folder))
+    found: dict[str, object] = {"size": f"{width}x{height}", "text_tokens": text_tokens, "dtype": dtype, "cap_gb": cap}
+    if seen.error:
+        return {**found, "error": seen.error}
+    cpu_s = [after.cpu_s - before.cpu_s for before, after in zip(seen.steps[1:], seen.steps[2:], strict=False)]
+    step_s, predicted_s = min(cpu_s, default=0.0), seen.plan["step_s"]
+    parts = {name: seen.plan[f"{name}_bytes"] for name in ("base", "scratch", "activation", "state")}
+    return (
+        found
+        | parts
+        | {
+            "predicted_peak_bytes": seen.plan["peak_bytes"],
+            "peak_bytes": seen.peak_anonymous_bytes,
+            "peak_ratio": round(seen.plan["peak_bytes"] / seen.peak_anonymous_bytes, 3),
+            "predicted_step_s": round(predicted_s, 2) if predicted_s else None,
+            "step_cpu_s": round(step_s, 2),
+            "step_ratio": round(predicted_s / step_s, 3) if predicted_s and step_s else None,
+        }
+    )
+
+
+def main() -> None:
+    """Run every point and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--points", default="", help="numbers of points, as 0,3; all by default")
+    args = parser.parse_args()
+    chosen = [int(word) for word in args.points.split(",") if word] or range(len(POINTS))
+    results = []
+    for number in chosen:
+        results.append(measure(args.path, POINTS[number], args.steps))
+        print(results[-1], file=sys.stderr, flush=True)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

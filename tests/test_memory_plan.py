@@ -1,0 +1,175 @@
+"""The memory plan: pure arithmetic over a header, checked on every card and budget that people have."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_flux import write_flux
+
+from fluxsplit import checkpoint
+from fluxsplit.errors import UsageError
+from fluxsplit.memory import DeviceInfo
+from fluxsplit.memory_plan import Block, MemoryPlan, Model, Work, plan_memory, read_model, smaller_budget, text_tokens
+
+GB = 10**9
+DOUBLE, SINGLE = 339_800_000, 141_600_000
+SCHNELL = Model(
+    blocks=(
+        *(Block(f"double {n}", DOUBLE, DOUBLE) for n in range(19)),
+        *(Block(f"single {n}", SINGLE, SINGLE) for n in range(38)),
+    ),
+    hidden=3072,
+    head=128,
+    small_bytes=50_000_000,
+    small_elements=3_000_000,
+    largest_elements=3072 * 12288,
+)
+CARD = DeviceInfo(
+    "cuda", "a card", 24 * GB, 24 * GB, flops_per_s=25e12, expand_elements_per_s=2e11, bus_bytes_per_s=12e9
+)
+RDNA2 = replace(CARD, kind="hip", fused_attention=False)
+CPU = DeviceInfo("cpu", "cpu", 20 * GB, 24 * GB, unified=True, flops_per_s=4e11, expand_elements_per_s=2.5e9)
+ONE = Work(((1152, 944),), 256)
+
+
+def plan(
+    budget_gb: float, work: Work = ONE, device: DeviceInfo = CARD, dtype: str = "bf16", model: Model = SCHNELL
+) -> MemoryPlan:
+    return plan_memory(model, work, device, int(budget_gb * GB), dtype)
+
+
+@pytest.mark.parametrize("device", [CARD, RDNA2])
+@pytest.mark.parametrize("budget_gb", [2, 4, 6, 8, 12, 16, 24])
+def test_every_budget_of_a_card_has_a_plan_within_it(device: DeviceInfo, budget_gb: int) -> None:
+    got = plan(budget_gb, device=device)
+    assert got.peak_bytes <= budget_gb * GB
+    assert sorted((*got.resident, *got.streamed)) == list(range(57))
+    assert got.resident_bytes + got.streamed_bytes == sum(block.bytes for block in SCHNELL.blocks)
+    assert got.peak_bytes == got.base_bytes + got.scratch_bytes + got.activation_bytes + got.state_bytes + (
+        got.resident_bytes + got.slots * got.slot_bytes
+    )
+    assert (got.query_chunk is None) == device.fused_attention
+    assert got.smallest_bytes <= got.peak_bytes
+    assert bool(got.streamed) == (budget_gb < 16)
+
+
+def test_more_memory_never_streams_more() -> None:
+    streamed = [plan(budget / 4).streamed_bytes for budget in range(8, 64)]
+    assert streamed == sorted(streamed, reverse=True)
+    assert streamed[0] > 0 == streamed[-1]
+
+
+def test_a_card_of_12_gb_keeps_most_of_it() -> None:
+    """ComfyUI keeps 40 % on a 6700 XT of 12 GB."""
+    got = plan(11, device=RDNA2, dtype="fp16")
+    assert got.resident_bytes > 0.7 * 11.9 * GB
+    assert all(SCHNELL.blocks[number].name.startswith("single") for number in got.streamed)
+    assert got.slots == 2 and got.slot_bytes == SINGLE
+    gaps = [b - a for a, b in zip(got.streamed, got.streamed[1:], strict=False)]
+    assert max(gaps) - min(gaps) <= 1, "spread among those that stay"
+
+
+def test_too_small_a_budget_names_the_smallest_that_works() -> None:
+    with pytest.raises(UsageError, match="1152x944 needs at least") as caught:
+        plan(0.5)
+    smallest = int(caught.value.hint.split("--vram ")[1].split("M")[0])
+    got = plan(smallest / 1000)
+    assert got.slots == 1 and len(got.streamed) == 57
+    with pytest.raises(UsageError):
+        plan((smallest - 2) / 1000)
+
+
+def test_pictures_advance_together_where_something_streams() -> None:
+    eight = Work(((512, 512),) * 8, 256)
+    assert plan(4, eight).together == 8
+    assert plan(4, eight).streamed_bytes == plan(4, replace(eight, sizes=eight.sizes[:1])).streamed_bytes
+    assert plan(24, eight).together == 1, "one after the other where nothing is gained"
+    assert plan(4, Work(((512, 512),) * 100, 256)).together == 16
+
+
+def test_seconds_are_those_of_the_slowest_way() -> None:
+    fast = replace(CARD, bus_bytes_per_s=1e12)
+    slow = replace(CARD, bus_bytes_per_s=1e9)
+    assert plan(2, device=fast).limit == "compute" and plan(2, device=slow).limit == "bus"
+    assert plan(2, device=slow).step_s == pytest.approx(plan(2, device=slow).streamed_bytes / 1e9)
+    eight = Work(((1152, 944),) * 8, 256)
+    shared, alone = plan(2, eight, slow), plan(2, device=slow)
+    assert shared.together > 1 and alone.step_s is not None
+    assert shared.step_s == pytest.approx(alone.step_s / shared.together)
+    assert plan(24).step_s == pytest.approx(72.4e12 / 25e12, rel=0.05), "72.4 TFLOP a step, and the expansion"
+    assert plan(24, device=replace(CARD, flops_per_s=None)).step_s is None
+
+
+def test_a_cpu_counts_anonymous_memory_and_caches_what_fits() -> None:
+    got = plan(0.9, Work(((256, 256),), 64), CPU)
+    assert got.streamed == () and got.slots == 0 and got.peak_bytes < 0.7 * GB
+    small = plan(0.9, Work(((256, 256),), 64), replace(CPU, free_bytes=8 * GB))
+    assert 0 < small.streamed_bytes < 6 * GB
+    assert small.resident_bytes <= 8 * GB
+    assert small.peak_bytes == got.peak_bytes
+
+
+def test_guidance_and_dtype_cost_what_they_cost() -> None:
+    assert plan(8, replace(ONE, forwards=2)).state_bytes == 2 * plan(8).state_bytes
+    assert plan(8, dtype="fp32").activation_bytes > plan(8).activation_bytes
+    assert plan(24, replace(ONE, forwards=2)).step_s == pytest.approx(2 * (plan(24).step_s or 0))
+
+
+def test_the_next_smaller_budget_ends_at_the_smallest() -> None:
+    got: MemoryPlan = plan(12)
+    seen = [got.budget_bytes]
+    while (smaller := smaller_budget(got)) is not None:
+        assert smaller < got.budget_bytes
+        got = plan(smaller / GB)
+        seen.append(smaller)
+    assert len(seen) > 3 and got.slots == 1
+
+
+def test_random_models_and_budgets_never_exceed_the_budget() -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        model = Model(
+            tuple(
+                Block(f"{kind} {n}", size := generator.randrange(1, 400_000_000), generator.choice([0, size]))
+                for kind in ("double", "single")
+                for n in range(generator.randrange(1, 20))
+            ),
+            hidden=generator.choice([64, 1024, 3072]),
+            head=32,
+            small_bytes=generator.randrange(60_000_000),
+            small_elements=generator.randrange(5_000_000),
+            largest_elements=generator.randrange(40_000_000),
+        )
+        sizes = tuple((generator.randrange(16, 1600), generator.randrange(16, 1600)) for _ in range(3))
+        device = generator.choice([CARD, RDNA2, replace(CPU, free_bytes=generator.randrange(GB, 20 * GB))])
+        budget = generator.uniform(0.1, 12)
+        try:
+            got = plan(budget, Work(sizes, 256), device, generator.choice(["fp32", "bf16", "fp16"]), model)
+        except UsageError as error:
+            assert float(error.message.split("at least ")[1].split()[0]) >= budget - 0.01
+            continue
+        assert got.peak_bytes <= budget * GB
+        assert sorted((*got.resident, *got.streamed)) == list(range(len(model.blocks)))
+
+
+def test_the_header_of_a_file(tmp_path: Path) -> None:
+    path = write_flux(tmp_path / "flux.safetensors")
+    part = checkpoint.part(path, "transformer")
+    model = read_model(part, "bf16")
+    names = ["double 0", "double 1", "single 0", "single 1", "single 2"]
+    assert [block.name for block in model.blocks] == names
+    double = 2 * (3 * 64 * 64 + 64 * 64 + 2 * 4 * 64 * 64 + 6 * 64 * 64)
+    assert model.blocks[0] == Block("double 0", double, double)
+    assert (model.hidden, model.head, model.largest_elements) == (64, 32, 6 * 64 * 64)
+    wide = read_model(checkpoint.part(write_flux(tmp_path / "wide", "bf16"), "transformer"), "bf16")
+    assert wide.blocks[0].bytes == 2 * double and wide.blocks[0].elements == wide.largest_elements == 0
+
+
+def test_text_tokens_of_a_conditioning(tmp_path: Path) -> None:
+    from small_flux import write_conditioning
+
+    assert text_tokens(write_conditioning(tmp_path / "text", 0, tokens=300)) == 300
+    assert text_tokens(str(tmp_path / "none")) == text_tokens("") == 256

@@ -1,0 +1,285 @@
+"""Blocks brought in as they are needed: the bits of a model that is all there, and no picture from a broken file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_flux import image, sample, write_conditioning, write_flux
+
+from fluxsplit import checkpoint
+from fluxsplit.conditioning import Conditioning, read_conditioning
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.read_ahead import ReadAhead, spans
+from fluxsplit.streaming import Streaming, layout
+from fluxsplit.transformer import Flux, Forward
+from fluxsplit.weights import WeightFiles
+
+CPU = torch.device("cpu")
+BLOCKS = 5
+
+
+class Count:
+    """Bytes that were read."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self.bytes += count
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_flux(tmp_path / "flux.safetensors")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Conditioning:
+    return read_conditioning(write_conditioning(tmp_path / "text", 0))
+
+
+@pytest.fixture
+def loaders() -> Iterator[list[Streaming | ReadAhead]]:
+    made: list[Streaming | ReadAhead] = []
+    yield made
+    for loader in made:
+        loader.close()
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Flux, WeightFiles]:
+    files = WeightFiles()
+    return Flux(checkpoint.part(path, "transformer"), files, dtype, CPU), files
+
+
+def forwards(text: Conditioning, count: int = 2) -> list[Forward]:
+    generator = torch.Generator().manual_seed(1)
+    return [Forward(torch.randn(1, 16, 6 + n, 4, generator=generator), 0.9 - n / 10, text, None) for n in range(count)]
+
+
+def block_bytes(flux: Flux) -> int:
+    return sum(place.span.bytes for block in flux.blocks for place in layout(block).places)
+
+
+@pytest.mark.parametrize("stored", ["e4m3", "e5m2", "bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_is_resident_to_the_bit(
+    tmp_path: Path, text: Conditioning, stored: str, dtype: torch.dtype, loaders: list[Streaming | ReadAhead]
+) -> None:
+    """Over random plans: which blocks stay, how many slots, thread or none, how often."""
+    path = write_flux(tmp_path / "weights", stored)
+    flux, _ = load(path, dtype)
+    wanted = flux.velocities(forwards(text))
+    assert all(bool(v.abs().max() > 0) for v in wanted)
+    generator = random.Random(f"{stored}{dtype}")
+    for _ in range(8):
+        flux, files = load(path, dtype)
+        resident = frozenset(n for n in range(BLOCKS) if generator.random() < 0.4)
+        ahead = generator.random() < 0.6
+        slots = generator.choice([2, 3] if ahead else [1, 2])
+        loader = Streaming(flux.blocks, files, CPU, resident=resident, slots=slots, ahead=ahead)
+        loaders.append(loader)
+        flux.loader = loader
+        for _ in range(generator.choice([1, 3])):
+            got = flux.velocities(forwards(text))
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (resident, slots, ahead)
+
+
+@pytest.mark.parametrize("streamed", [(), (0, 3), tuple(range(BLOCKS))])
+def test_read_ahead_and_given_back_is_the_same_to_the_bit(
+    path: Path, text: Conditioning, streamed: tuple[int, ...], loaders: list[Streaming | ReadAhead]
+) -> None:
+    flux, files = load(path)
+    wanted = flux.velocities(forwards(text))
+    count = Count()
+    loader = ReadAhead(flux.blocks, files, frozenset(streamed), count)
+    loaders.append(loader)
+    flux.loader = loader
+    for _ in range(3):
+        got = flux.velocities(forwards(text))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert count.bytes >= block_bytes(flux)
+
+
+@pytest.mark.parametrize("pictures", [1, 8])
+def test_a_pass_reads_every_streamed_byte_once_however_many_pictures(
+    path: Path, text: Conditioning, pictures: int, loaders: list[Streaming | ReadAhead]
+) -> None:
+    """Without reading ahead, so that the count is of what a pass asked for and not of what comes next."""
+    flux, files = load(path)
+    count = Count()
+    loader = Streaming(flux.blocks, files, CPU, resident=frozenset({1}), slots=1, ahead=False, on_read=count)
+    loaders.append(loader)
+    flux.loader = loader
+    everything = block_bytes(flux)
+    stays = sum(place.span.bytes for place in layout(flux.blocks[1]).places)
+    assert count.bytes == stays
+    for passes in (1, 2, 3):
+        flux.velocities(forwards(text, pictures))
+        assert count.bytes == stays + passes * (everything - stays)
+
+
+def test_eight_latents_all_streamed_have_the_bits_of_their_single_runs(tmp_path: Path, path: Path) -> None:
+    """Through the stage: eight 512x512 pictures in one call against each alone, nothing staying."""
+    texts = [write_conditioning(tmp_path / f"text-{n}", n) for n in range(2)]
+    images = [image(texts[n % 2], n, (512, 512), steps=1) for n in range(8)]
+    everything = {"resident": (), "streamed": tuple(range(BLOCKS))}
+    together, _ = sample(path, images, tmp_path / "together", plan=everything)
+    for latent, one in zip(together, images, strict=True):
+        (alone,), _ = sample(path, [one], tmp_path / "alone")
+        assert torch.equal(latent, alone)
+
+
+def test_spans_of_a_block_are_joined_where_they_touch(path: Path) -> None:
+    flux, _ = load(path)
+    single = spans(layout(flux.blocks[3]))
+    assert len(single) < len(layout(flux.blocks[3]).places)
+    assert sum(stop - start for _, start, stop in single) == sum(p.span.bytes for p in layout(flux.blocks[3]).places)
+
+
+def streaming(flux: Flux, files: WeightFiles, **options: Any) -> Streaming:
+    loader = Streaming(flux.blocks, files, CPU, **options)
+    flux.loader = loader
+    return loader
+
+
+def kill(thread: threading.Thread) -> None:
+    """Raise SystemExit inside a thread, as an interpreter that shuts down does."""
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+
+def test_a_reader_thread_that_is_killed_stops_the_run(path: Path, text: Conditioning) -> None:
+    flux, files = load(path)
+    loader = streaming(flux, files)
+    flux.velocities(forwards(text))
+    assert loader._thread is not None
+    kill(loader._thread)
+    with pytest.raises(FluxsplitError, match="thread that reads the weights was ended by SystemExit"):
+        for _ in range(5):  # a pass may still find its slots filled
+            flux.velocities(forwards(text))
+
+
+def test_a_reader_thread_that_is_gone_without_a_word_stops_the_run(path: Path, text: Conditioning) -> None:
+    flux, files = load(path)
+    loader = streaming(flux, files)
+    loader._thread = threading.Thread(target=lambda: None)
+    loader._thread.start()
+    with pytest.raises(FluxsplitError, match="the thread that reads the weights ended"):
+        flux.velocities(forwards(text))
+
+
+def test_a_killed_reader_stops_a_run_over_the_map(path: Path, text: Conditioning) -> None:
+    flux, files = load(path)
+    loader = ReadAhead(flux.blocks, files, frozenset(range(BLOCKS)), lambda count: None)
+    flux.loader = loader
+    flux.velocities(forwards(text))
+    kill(loader._thread)
+    loader._wanted.put(0)
+    loader._thread.join(10)
+    with pytest.raises(FluxsplitError, match="was ended by SystemExit"):
+        flux.velocities(forwards(text))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def overwrite(path: Path) -> None:
+    """Other bytes, as many."""
+    time.sleep(0.02)  # a tick of the file system's clock
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\x01" * 100)
+
+
+def exchange(path: Path) -> None:
+    """Another file under the name."""
+    new = path.with_suffix(".new")
+    new.write_bytes(path.read_bytes())
+    new.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(truncate, "cut short|changed"), (overwrite, "changed"), (exchange, "changed")]
+)
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_file_that_changes_under_the_run_stops_it(
+    path: Path, text: Conditioning, damage: Any, said: str, ahead: bool, loaders: list[Streaming | ReadAhead]
+) -> None:
+    flux, files = load(path)
+    loaders.append(streaming(flux, files, ahead=ahead))
+    flux.velocities(forwards(text))
+    damage(path)
+    with pytest.raises(FluxsplitError, match=said):
+        for _ in range(3):
+            flux.velocities(forwards(text))
+    with pytest.raises(FluxsplitError, match="changed"):
+        files.check_unchanged()
+
+
+@pytest.mark.parametrize("damage", [truncate, overwrite, exchange])
+def test_no_picture_is_written_from_a_file_that_changed(
+    tmp_path: Path, path: Path, damage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged after the last block of the last step: nothing is there to be read any more, only the check."""
+    done = 0
+    end = Flux._end
+
+    def damaging(self: Flux, stream: Any) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        output = end(self, stream)
+        if done == 2:
+            damage(path)
+        return output
+
+    monkeypatch.setattr(Flux, "_end", damaging)
+    latents, recorder = sample(path, [image(write_conditioning(tmp_path / "text", 0))], tmp_path / "out")
+    assert latents == [] and not list((tmp_path / "out").glob("*"))
+    (failed,) = recorder.of("failed")
+    assert "changed during the run" in failed["message"]
+
+
+def test_a_read_past_the_end_is_an_error(path: Path) -> None:
+    file = WeightFiles().open(str(path))
+    with pytest.raises(FluxsplitError, match="cut short"):
+        file.read_into(memoryview(bytearray(100)), path.stat().st_size - 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", [frozenset(), frozenset({0, 2}), frozenset(range(BLOCKS))])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_on_a_card_streamed_is_resident_to_the_bit(
+    path: Path, text: Conditioning, resident: frozenset[int], ahead: bool
+) -> None:
+    """With pieces so small that every matrix takes several, over several passes."""
+    card = torch.device("cuda", 0)
+
+    def velocities(**options: Any) -> list[torch.Tensor]:
+        files = WeightFiles()
+        flux = Flux(checkpoint.part(path, "transformer"), files, torch.float16, card)
+        inside = {id(child) for block in flux.blocks for child in block.modules()}
+        for child in flux.module.modules():
+            if id(child) not in inside and hasattr(child, "move"):
+                child.move(card)
+        loader = Streaming(flux.blocks, files, card, **options)
+        flux.loader = loader
+        for _ in range(4):
+            found = flux.velocities(forwards(text, 3))
+        loader.close()
+        return [velocity.cpu() for velocity in found]
+
+    wanted = velocities(resident=frozenset(range(BLOCKS)))
+    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000, pieces=2)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
