@@ -240,7 +240,7 @@ def _plan(
     chunk = _query_chunk(model, tokens[0], size, device)
     base = CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes
     base += model.small_elements * size
-    scratch = model.largest_elements * size
+    scratch = model.largest_elements * size * (2 if on_cpu else 1)  # a CPU's products pack a copy of the matrix
     activation = _activation_bytes(model, tokens[0], size, chunk)
     state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
     held = base + scratch + activation + state

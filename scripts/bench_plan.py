@@ -20,7 +20,7 @@ from bench import Watched, watch_stage
 
 POINTS = (
     # width, height, text tokens, dtype, budget in GB
-    (256, 256, 64, "bf16", 0.6),
+    (256, 256, 64, "bf16", 0.7),
     (512, 512, 256, "bf16", 0.8),
     (512, 512, 256, "bf16", 4),
     (768, 512, 256, "bf16", 1),
