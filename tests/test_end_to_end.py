@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fluxsplit.latents import read_latent, write_latent
-from fluxsplit.metadata import read_recipe
+from fluxsplit.metadata import read_recipe, read_record
 from fluxsplit.models import demo_files
 from fluxsplit.png_text import read_png
 
@@ -181,3 +182,46 @@ def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
     assert not left.strip()
     for latent in (tmp_path / "latents").iterdir():
         assert read_latent(latent).recipe is not None, "whatever has a final name is whole"
+
+
+def test_a_preview_is_repeated_to_the_bit_without_its_text_encoders(tmp_path: Path) -> None:
+    """Parts in files of their own: the encoders' file is gone when the picture is rendered again."""
+    from safetensors.torch import load_file, save_file
+
+    demo = demo_files()
+    tensors = load_file(demo.transformer)
+    config = _metadata(Path(demo.transformer))
+    is_text = {name: name.startswith("text_encoders.") for name in tensors}
+    for file, wanted in (("model.safetensors", False), ("text.safetensors", True)):
+        save_file({name: t for name, t in tensors.items() if is_text[name] == wanted}, tmp_path / file, config)
+    files = ("-m", "model.safetensors", "--tokenizers", Path(demo.t5_tokenizer).parents[1])
+    text = ("--text-encoder", "text.safetensors", "--clip", "text.safetensors")
+    made = fluxsplit("preview", "-p", PROMPT, "--seed", "7", "--size", "72x64", *files, *text, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    preview = Path(made.stdout.strip())
+    assert (preview.parent / "sheet.html").is_file() and (preview.parent / "sheet.png").is_file()
+    (tmp_path / "text.safetensors").unlink()
+    again = fluxsplit("rerender", "--from", preview, *files, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    result = Path(again.stdout.strip())
+    with Image.open(preview) as one, Image.open(result) as other:
+        assert one.tobytes() == other.tobytes()
+    record = read_record(result)
+    assert record.parent is not None and record.parent.name == preview.name and record.recipe is not None
+    assert record.recipe.text_encoder.sha256 == read_recipe(preview).text_encoder.sha256 != ""
+    shutil.rmtree(preview.parent / "latents")  # the picture is then encoded by the VAE
+    larger = fluxsplit("rerender", "--from", preview, "--size", "104x136", "--fit", "centre", *files, cwd=tmp_path)
+    assert larger.returncode == 0, larger.stderr
+    recipe = read_recipe(Path(larger.stdout.strip()))
+    assert recipe.start is not None and recipe.start.keep == "composition" and recipe.steps == 4
+    repeated = fluxsplit("rerender", "--from", larger.stdout.strip(), "--out", "again", *files, cwd=tmp_path)
+    assert repeated.returncode == 0, repeated.stderr
+    with Image.open(larger.stdout.strip()) as one, Image.open(repeated.stdout.strip()) as other:
+        assert one.tobytes() == other.tobytes()
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
+    return metadata
