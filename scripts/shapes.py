@@ -182,8 +182,8 @@ def _clamp(value: float, half_frame: float, radius: float) -> float:
 
 def _layout_single(scene: Scene, rng: np.random.Generator, width: float, height: float) -> list[Placed]:
     thing = scene.things[0]
-    radius = SINGLE_RADIUS[thing.size] * rng.uniform(0.93, 1.07)
-    spread = 0.06 if thing.place else 0.12
+    radius = SINGLE_RADIUS[thing.size] * rng.uniform(0.96, 1.04)
+    spread = 0.04 if thing.place else 0.07
     column, row = PLACES[thing.place or "center"]
     x = column * 0.27 * width + rng.uniform(-spread, spread)
     y = row * 0.27 * height + rng.uniform(-spread, spread)
@@ -195,22 +195,22 @@ def layout(scene: Scene, rng: np.random.Generator, width: float, height: float) 
     """Positions and radii for a frame of `width` x `height` shorter sides."""
     if len(scene.things) == 1:
         return _layout_single(scene, rng, width, height)
-    radii = [PAIR_RADIUS[t.size] * rng.uniform(0.95, 1.05) for t in scene.things]
+    radii = [PAIR_RADIUS[t.size] * rng.uniform(0.97, 1.03) for t in scene.things]
     dx, dy = DIRECTIONS[scene.relation]
     along = width if dx else height
     across = height if dx else width
     reach = EXTENT * sum(radii)
-    gap = min(rng.uniform(0.08, 0.14), along - 2 * MARGIN - 2 * reach)
+    gap = min(rng.uniform(0.09, 0.12), along - 2 * MARGIN - 2 * reach)
     room = along / 2 - MARGIN - reach - gap / 2
-    middle = rng.uniform(-1, 1) * min(room, 0.06)
-    offset = rng.uniform(-0.07, 0.07)
+    middle = rng.uniform(-1, 1) * min(room, 0.04)
+    offset = rng.uniform(-0.04, 0.04)
     placed = []
     # The first lies towards `relation`; edges, not centres, are what the gap separates.
     starts = (gap / 2 + EXTENT * radii[0], -(gap / 2 + EXTENT * radii[1]))
     shift = EXTENT * (radii[1] - radii[0])  # keeps the two, taken together, in the middle
     for thing, radius, start in zip(scene.things, radii, starts, strict=True):
         position = (start + shift) * (dx + dy) + middle
-        side = _clamp(offset + rng.uniform(-0.03, 0.03), across / 2, radius)
+        side = _clamp(offset + rng.uniform(-0.02, 0.02), across / 2, radius)
         x, y = (position, side) if dx else (side, position)
         placed.append(Placed(thing, x, y, radius))
     return placed

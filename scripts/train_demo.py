@@ -5,6 +5,7 @@
 
 Each step can be run alone (`text`, `vae`, `flow`, `check`, `export`); `flow` and `vae` resume
 from their checkpoints in the work folder. Minutes count training over all runs together.
+`unpack` makes such checkpoints from the packaged model, to go on from it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DEMO_FOLDER = Path(__file__).resolve().parent.parent / "fluxsplit" / "demo"
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("text", "vae", "flow", "check", "export", "all"))
+    parser.add_argument("step", choices=("text", "vae", "flow", "check", "export", "unpack", "all"))
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and logs")
     parser.add_argument("--demo", type=Path, default=DEMO_FOLDER, help="where the demo is kept")
     parser.add_argument("--minutes", type=float, default=60.0, help="flow training time")
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         help="positions the shorter side spans at any size; 0 for Flux's plain indices",
     )
     parser.add_argument("--batch", type=int, default=32, help="128x128 pictures a step")
+    parser.add_argument("--assisted", action="store_true", help="a second process on a CPU that others use too")
     parser.add_argument("--dtype", choices=("fp8", "fp32"), default="fp8", help="of the export")
     parser.add_argument("--shift", type=float, default=3.0, help="sampling shift at 64 tokens")
     parser.add_argument("--pairs", type=int, default=100, help="prompts to check at each size")
@@ -50,12 +52,19 @@ def main() -> None:
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
+    from demo_flow import FlowConfig
+
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options.work.mkdir(parents=True, exist_ok=True)
     tokenizers = options.demo / "tokenizers"
     step = options.step
+    config = FlowConfig(batch=options.batch, rope_short_side_tokens=options.rope_short_side_tokens)
+    if step == "unpack":
+        from demo_import import unpack
+
+        print(unpack(options.demo, options.work, config))
     if step in ("text", "all"):
         from demo_text import train_text
 
@@ -65,10 +74,9 @@ def main() -> None:
 
         train_vae(options.work, options.vae_minutes, device)
     if step in ("flow", "all"):
-        from demo_flow import FlowConfig, train_flow
+        from demo_flow import train_flow
 
-        config = FlowConfig(batch=options.batch, rope_short_side_tokens=options.rope_short_side_tokens)
-        train_flow(options.work, tokenizers, config, options.minutes, device)
+        train_flow(options.work, tokenizers, config, options.minutes, device, options.assisted)
     if step in ("check", "all"):
         from demo_check import check_flow
 
