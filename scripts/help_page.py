@@ -8,7 +8,20 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "help.md"
-COMMANDS = ("", "sample", "preview", "rerender", "peek", "decode", "upscale", "encode", "gallery", "info", "export", "run")
+COMMANDS = (
+    "",
+    "sample",
+    "preview",
+    "rerender",
+    "peek",
+    "decode",
+    "upscale",
+    "encode",
+    "gallery",
+    "info",
+    "export",
+    "run",
+)
 
 
 def page() -> str:
