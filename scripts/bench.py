@@ -93,7 +93,7 @@ def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Watch
         except FluxsplitError as error:
             seen.error = error.message
         seen.peak_anonymous_bytes = watch.stop()
-    if report.exists():
+    if report.exists():  # not where the stage was killed
         seen.device_bytes = json.loads(report.read_text())
     return seen
 

@@ -11,10 +11,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fluxsplit import stages
+from fluxsplit.events import Events
 
 
 def main() -> int:
@@ -23,13 +25,28 @@ def main() -> int:
     if cap_bytes and torch.cuda.is_available():
         total_bytes = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total_bytes))
+    report_before_the_end(report)
     sys.argv = ["stages", stage]
-    code = stages.main()
-    peaks = {}
-    if torch.cuda.is_available():
-        peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    report.write_text(json.dumps(peaks))
-    return code
+    return stages.main()
+
+
+def report_before_the_end(report: Path) -> None:
+    """Write REPORT ahead of the event that ends the stage: whoever reads that closes stdin, and the process ends."""
+    send = Events.send
+
+    def telling(self: Events, event: str, **fields: Any) -> None:
+        if event in ("done", "error"):
+            report.write_text(json.dumps(peaks()))
+        send(self, event, **fields)
+
+    Events.send = telling  # type: ignore[method-assign]
+
+
+def peaks() -> dict[str, int]:
+    """The allocator's peaks in bytes; nothing without a card."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
 if __name__ == "__main__":
