@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fluxsplit.errors import FluxsplitError, UsageError
@@ -145,6 +145,29 @@ def read_stdin() -> list[str]:
     """The lines on stdin, as UTF-8 whatever the locale."""
     data = sys.stdin.buffer.read(MAX_INPUT_CHARS) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
     return _decoded(data, "stdin")
+
+
+def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path]], what: str) -> list[Path]:
+    """Files in the order given, each once: files, what `in_folder` finds in folders, and the lines of stdin for `-`.
+
+    Raises UsageError where there is none; `what` says what they are for, as `latent file to decode`.
+    """
+    files: dict[Path, None] = {}
+    for name in names:
+        found = [Path(line) for line in read_stdin() if line] if name == "-" else [Path(name).expanduser()]
+        for path in found:
+            files.update(dict.fromkeys(in_folder(path) if path.is_dir() else [path]))
+    if not files:
+        raise UsageError(f"there is no {what}", "name files or folders, or - to read names from stdin")
+    return list(files)
+
+
+def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+    """Files in `folder` of these suffixes, in any case, by name; raises UsageError where there is none."""
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.is_file())
+    if not found:
+        raise UsageError(f"{folder} holds no {what}", f"{what}s end in {', '.join(suffixes)}")
+    return found
 
 
 def _read_lines(file: Path) -> list[str]:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from inspect import Parameter, Signature
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,65 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fluxsplit import __version__
-from fluxsplit.cli_help import GroupedCommand, RerenderCommand
-from fluxsplit.cli_options import (
-    FILES,
-    MACHINE,
-    OUTPUT,
-    PICTURE,
-    Cache,
-    Cfg,
-    Clip,
-    ComfyUI,
-    Conditioning,
-    Count,
-    Debug,
-    Device,
-    DryRun,
-    Dtype,
-    Fetch,
-    Fit,
-    From,
-    FromPicks,
-    Guidance,
-    Json,
-    Keep,
-    LatentFormat,
-    LatentsOut,
-    LowFrequencyGuidance,
-    Model,
-    Negative,
-    NoiseIndex,
-    Peek,
-    PeekSteps,
-    PreviewCount,
-    PreviewSize,
-    PreviewsOut,
-    Prompt,
-    PromptFile,
-    Quiet,
-    RendersOut,
-    RerenderImages,
-    RerenderSize,
-    Sampler,
-    SaveConditioning,
-    Scale,
-    Scheduler,
-    Seed,
-    Shift,
-    Sigmas,
-    Size,
-    Steps,
-    Strength,
-    TextEncoder,
-    Tokenizers,
-    Upscale,
-    UpscaleTo,
-    Vae,
-    VaeDtype,
-    VaeDtypeAlone,
-    Vram,
-)
+from fluxsplit.cli_commands import COMMANDS, Command
+from fluxsplit.cli_help import GroupedCommand
+from fluxsplit.cli_options import Debug, Json
 from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
 
 if TYPE_CHECKING:
@@ -105,315 +50,33 @@ def _every_command(
     """FLUX.1 pictures on small graphics cards: encode, sample and decode in processes of their own."""
 
 
-SAMPLE_EXAMPLES = """Examples:
-  fluxsplit sample -p "a red circle above a blue square on white"
-  fluxsplit sample -m flux1-schnell-fp8.safetensors -p "a lighthouse at dusk" -n 4 --size 1152x896
-  fluxsplit sample -m flux1-dev-fp8.safetensors --prompt-file prompts.txt --seed 7..15 --steps 28
-  fluxsplit sample -p "a fox" | fluxsplit decode -
-"""
-PREVIEW_EXAMPLES = """Examples:
-  fluxsplit preview -p "a red circle above a blue square on white"
-  fluxsplit preview -m flux1-schnell-fp8.safetensors --prompt-file prompts.txt -n 4 --size 576x472
-"""
 GALLERY_EXAMPLES = """Examples:
   fluxsplit gallery
   fluxsplit gallery images --renders large --rerender "--model flux1-dev-fp8.safetensors"
 """
-RERENDER_EXAMPLES = """Examples:
-  fluxsplit rerender --from previews/0007.png --size 1152x944
-  fluxsplit rerender --from-picks --scale 2 --upscale 2
-  fluxsplit rerender ComfyUI_00042_.png --scale 1.5 --keep composition --strength 0.8
-  fluxsplit rerender --from previews --steps 8 --out more-steps
-"""
-DECODE_EXAMPLES = """Examples:
-  fluxsplit decode latents
-  fluxsplit decode latents/*.pt --out pictures --delete-latents
-  fluxsplit decode ComfyUI_00001_.latent --vae ae.safetensors
-  fluxsplit decode latents --upscale 2
-"""
-PEEK_EXAMPLES = """Examples:
-  fluxsplit peek latents
-  fluxsplit peek latents/*.pt --decoder linear --out previews
-"""
-ENCODE_EXAMPLES = """Examples:
-  fluxsplit encode photo.jpg --vae ae.safetensors --size 1152x896
-  fluxsplit encode images/*.png --model flux1-schnell-fp8.safetensors --format latent
-"""
-UPSCALE_EXAMPLES = """Examples:
-  fluxsplit upscale images/*.png
-  fluxsplit upscale photo.jpg --upscale 4 --fetch --out large
-  fluxsplit upscale images --upscale 4x-UltraSharp.pth --upscale-to 3840x2160
-"""
 
 
-@app.command(cls=GroupedCommand, epilog=SAMPLE_EXAMPLES, short_help="Render prompts to latent files.")
-def sample(
-    context: typer.Context,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    negative: Negative = None,
-    size: Size = None,
-    seed: Seed = None,
-    count: Count = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    cfg: Cfg = None,
-    sampler: Sampler = None,
-    scheduler: Scheduler = None,
-    shift: Shift = None,
-    sigmas: Sigmas = None,
-    noise_index: NoiseIndex = None,
-    model: Model = None,
-    text_encoder: TextEncoder = None,
-    clip: Clip = None,
-    vae: Vae = None,
-    tokenizers: Tokenizers = None,
-    comfyui: ComfyUI = None,
-    conditioning: Conditioning = None,
-    save_conditioning: SaveConditioning = None,
-    cache: Cache = None,
-    dtype: Dtype = None,
-    vram: Vram = None,
-    device: Device = None,
-    out: LatentsOut = None,
-    format: LatentFormat = None,
-    dry_run: DryRun = None,
-    peek: Peek = None,
-    peek_steps: PeekSteps = None,
-    json: Json = None,
-    quiet: Quiet = None,
-    debug: Debug = False,
-) -> None:
-    """Render prompts to latent files, one for each prompt and seed; their paths are printed on stdout."""
-    raise typer.Exit(_run("sample", _given(context)))
+def _add(command: Command) -> None:
+    """Make a command of typer's from its row: one function for all, under a signature of the row's options."""
+
+    def body(context: typer.Context, **_: Any) -> None:
+        raise typer.Exit(_run(command.name, _given(context)))
+
+    kinds: dict[str, Any] = {"context": typer.Context, **command.options, "debug": Debug}
+    defaults = {"context": Parameter.empty, command.required: Parameter.empty, "debug": False}
+    body.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=kind)
+            for name, kind in kinds.items()
+        ]
+    )
+    body.__annotations__ = kinds
+    body.__doc__ = command.description
+    app.command(command.name, cls=command.kind, epilog=command.examples, short_help=command.summary)(body)
 
 
-@app.command(cls=GroupedCommand, epilog=PREVIEW_EXAMPLES, short_help="Render small pictures to choose from.")
-def preview(
-    context: typer.Context,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    negative: Negative = None,
-    size: PreviewSize = None,
-    seed: Seed = None,
-    count: PreviewCount = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    cfg: Cfg = None,
-    sampler: Sampler = None,
-    scheduler: Scheduler = None,
-    shift: Shift = None,
-    sigmas: Sigmas = None,
-    model: Model = None,
-    text_encoder: TextEncoder = None,
-    clip: Clip = None,
-    vae: Vae = None,
-    tokenizers: Tokenizers = None,
-    comfyui: ComfyUI = None,
-    cache: Cache = None,
-    dtype: Dtype = None,
-    vae_dtype: VaeDtypeAlone = None,
-    vram: Vram = None,
-    device: Device = None,
-    out: PreviewsOut = None,
-    format: LatentFormat = None,
-    dry_run: DryRun = None,
-    json: Json = None,
-    quiet: Quiet = None,
-    debug: Debug = False,
-) -> None:
-    """Render small pictures, numbered, with their latents and a sheet of them; their paths are printed on stdout."""
-    raise typer.Exit(_run("preview", _given(context)))
-
-
-@app.command(cls=RerenderCommand, epilog=RERENDER_EXAMPLES, short_help="Render pictures again, larger or otherwise.")
-def rerender(
-    context: typer.Context,
-    images: RerenderImages = None,
-    from_: From = None,
-    from_picks: FromPicks = None,
-    size: RerenderSize = None,
-    scale: Scale = None,
-    keep: Keep = None,
-    strength: Strength = None,
-    fit: Fit = None,
-    low_frequency_guidance: LowFrequencyGuidance = None,
-    prompt: Prompt = None,
-    negative: Negative = None,
-    seed: Seed = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    cfg: Cfg = None,
-    sampler: Sampler = None,
-    scheduler: Scheduler = None,
-    shift: Shift = None,
-    sigmas: Sigmas = None,
-    noise_index: NoiseIndex = None,
-    model: Model = None,
-    text_encoder: TextEncoder = None,
-    clip: Clip = None,
-    vae: Vae = None,
-    tokenizers: Tokenizers = None,
-    comfyui: ComfyUI = None,
-    cache: Cache = None,
-    upscale: Upscale = None,
-    upscale_to: UpscaleTo = None,
-    fetch: Fetch = None,
-    dtype: Dtype = None,
-    vae_dtype: VaeDtypeAlone = None,
-    vram: Vram = None,
-    device: Device = None,
-    out: RendersOut = None,
-    dry_run: DryRun = None,
-    json: Json = None,
-    quiet: Quiet = None,
-    debug: Debug = False,
-) -> None:
-    """Render pictures again from the recipes in them, whichever tool wrote them; paths are printed on stdout.
-
-    Every setting of a recipe can be overridden by its flag.
-    """
-    raise typer.Exit(_run("rerender", _given(context)))
-
-
-@app.command(cls=GroupedCommand, epilog=DECODE_EXAMPLES, short_help="Decode latent files to PNGs.")
-def decode(
-    context: typer.Context,
-    latents: Annotated[
-        list[str], typer.Argument(metavar="LATENT", help="Latent files, folders of them, or - for names on stdin.")
-    ],
-    vae: Vae = None,
-    model: Model = None,
-    comfyui: ComfyUI = None,
-    vae_dtype: VaeDtype = None,
-    device: Device = None,
-    vram: Vram = None,
-    tile: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            rich_help_panel=MACHINE,
-            help="Decode in overlapped tiles of N pixels, inexactly; 0: never. [0]",
-        ),
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for pictures. [images]"),
-    ] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace pictures of the same name."),
-    ] = None,
-    delete_latents: Annotated[
-        bool | None,
-        typer.Option(
-            "--delete-latents/--keep-latents", rich_help_panel=OUTPUT, help="Remove latents once decoded. [keep]"
-        ),
-    ] = None,
-    upscale: Upscale = None,
-    upscale_to: UpscaleTo = None,
-    fetch: Fetch = None,
-    json: Json = None,
-    quiet: Quiet = None,
-    debug: Debug = False,
-) -> None:
-    """Decode latent files to PNGs that carry their recipe; their paths are printed on stdout."""
-    raise typer.Exit(_run("decode", _given(context)))
-
-
-@app.command(cls=GroupedCommand, epilog=ENCODE_EXAMPLES, short_help="Encode pictures to latent files.")
-def encode(
-    context: typer.Context,
-    pictures: Annotated[
-        list[str], typer.Argument(metavar="IMG", help="Pictures, folders of them, or - for names on stdin.")
-    ],
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WxH", rich_help_panel=PICTURE, help="Resize first. [the picture's, cut to multiples of 8]"
-        ),
-    ] = None,
-    vae: Vae = None,
-    model: Model = None,
-    comfyui: ComfyUI = None,
-    vae_dtype: VaeDtype = None,
-    device: Device = None,
-    vram: Vram = None,
-    out: LatentsOut = None,
-    format: LatentFormat = None,
-    json: Json = None,
-    quiet: Quiet = None,
-    debug: Debug = False,
-) -> None:
-    """Encode pictures to latent files, as for image-to-image; their paths are printed on stdout."""
-    raise typer.Exit(_run("encode", _given(context)))
-
-
-@app.command(cls=GroupedCommand, epilog=UPSCALE_EXAMPLES, short_help="Enlarge pictures.")
-def upscale(
-    context: typer.Context,
-    pictures: Annotated[
-        list[str], typer.Argument(metavar="IMG", help="Pictures, folders of them, or - for names on stdin.")
-    ],
-    upscale: Upscale = None,
-    upscale_to: UpscaleTo = None,
-    fetch: Fetch = None,
-    tile: Annotated[
-        str | None,
-        typer.Option(metavar="auto|N", rich_help_panel=MACHINE, help="Side of the tiles in pixels; 0 for none. [auto]"),
-    ] = None,
-    vram: Vram = None,
-    comfyui: ComfyUI = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the results. [that of each picture]"
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace pictures of the same name."),
-    ] = None,
-    json: Json = None,
-    quiet: Quiet = None,
-    debug: Debug = False,
-) -> None:
-    """Enlarge pictures by a network, twofold unless told otherwise; their recipes are kept."""
-    raise typer.Exit(_run("upscale", _given(context)))
-
-
-@app.command(cls=GroupedCommand, epilog=PEEK_EXAMPLES, short_help="Make small previews of latents.")
-def peek(
-    context: typer.Context,
-    latents: Annotated[
-        list[str], typer.Argument(metavar="LATENT", help="Latent files, folders of them, or - for names on stdin.")
-    ],
-    decoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|linear|FILE", rich_help_panel=FILES, help="TAEF1's file; auto takes it where it is. [auto]"
-        ),
-    ] = None,
-    comfyui: ComfyUI = None,
-    device: Device = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for previews. [that of each latent]"
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace previews of the same name."),
-    ] = None,
-    json: Json = None,
-    quiet: Quiet = None,
-    debug: Debug = False,
-) -> None:
-    """Make small previews of latents without a VAE, in milliseconds; by TAEF1 where its weights are."""
-    raise typer.Exit(_run("peek", _given(context)))
+for _command in COMMANDS:
+    _add(_command)
 
 
 @app.command(cls=GroupedCommand, epilog=GALLERY_EXAMPLES, short_help="Choose pictures on a local web page.")
@@ -490,64 +153,37 @@ def _given(context: typer.Context) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "debug"}
 
 
-def _runner(command: str) -> Callable[[dict[str, Any], dict[str, Any], Progress], int] | None:
-    """The function of a command that plans and runs in one; None for those that can show their plan."""
-    if command == "decode":
-        from fluxsplit.cli_decode import decode  # noqa: PLC0415
-
-        return decode
-    if command == "encode":
-        from fluxsplit.cli_encode import encode  # noqa: PLC0415
-
-        return encode
-    if command == "peek":
-        from fluxsplit.cli_peek import peek  # noqa: PLC0415
-
-        return peek
-    if command == "rerender":
-        from fluxsplit.cli_rerender import rerender  # noqa: PLC0415
-
-        return rerender
-    if command == "upscale":
-        from fluxsplit.cli_upscale import upscale  # noqa: PLC0415
-
-        return upscale
-    return None
+def _runner(command: str) -> Callable[[dict[str, Any], dict[str, Any], Progress], int]:
+    """The function of a command; only the one that is run is imported, since together they take as long as it does."""
+    match command:
+        case "sample":
+            from fluxsplit.cli_sample import sample as runner  # noqa: PLC0415
+        case "preview":
+            from fluxsplit.cli_preview import preview as runner  # noqa: PLC0415
+        case "rerender":
+            from fluxsplit.cli_rerender import rerender as runner  # noqa: PLC0415
+        case "decode":
+            from fluxsplit.cli_decode import decode as runner  # noqa: PLC0415
+        case "encode":
+            from fluxsplit.cli_encode import encode as runner  # noqa: PLC0415
+        case "upscale":
+            from fluxsplit.cli_upscale import upscale as runner  # noqa: PLC0415
+        case "peek":
+            from fluxsplit.cli_peek import peek as runner  # noqa: PLC0415
+        case _:
+            raise ValueError(f"no function is known for {command!r}")
+    return runner
 
 
 def _run(command: str, given: dict[str, Any]) -> int:
-    """Plan, then do, with progress on stderr and results on stdout; returns the exit code."""
+    """Do a command, with progress on stderr and results on stdout; returns the exit code."""
     from fluxsplit.progress import Progress  # noqa: PLC0415
     from fluxsplit.settings import defaults  # noqa: PLC0415
 
     settings = defaults(command, os.environ)
     quiet = bool(given.get("quiet", settings.get("quiet", False)))
     with Progress(json_lines=bool(given.get("json")), quiet=quiet) as progress:
-        if (runner := _runner(command)) is not None:
-            return runner(given, settings, progress)
-        return _render(command, given, settings, progress)
-
-
-def _render(command: str, given: dict[str, Any], settings: dict[str, Any], progress: Progress) -> int:
-    """`sample` and `preview`: plan, then do, or show the plan."""
-    if command == "preview":
-        from fluxsplit.cli_preview import plan_preview, run_preview  # noqa: PLC0415
-
-        plan = plan_preview(given, settings)
-        if not given.get("dry_run"):
-            return run_preview(plan, given, settings, progress)
-    else:
-        from fluxsplit.cli_sample import plan_sample, run_sample  # noqa: PLC0415
-
-        plan = plan_sample(given, settings)
-        if not given.get("dry_run"):
-            return run_sample(plan, progress)
-    from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
-
-    for note in plan.notes:
-        progress.note(note)
-    print(plan_json(plan)) if given.get("json") else print_plan(plan)
-    return 0
+        return _runner(command)(given, settings, progress)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

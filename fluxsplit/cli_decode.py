@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.arguments import check_choice, check_device, read_stdin
+from fluxsplit.arguments import check_choice, check_device, files_in, gather_files
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
-from fluxsplit.decode_plan import NO_SMALLER_PLAN_HINT
-from fluxsplit.errors import FluxsplitError, OutOfMemory, UsageError
-from fluxsplit.executor import StageProcess, run_stage
+from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.executor import StageProcess
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.jobs import DecodeJob, absolute
 from fluxsplit.latents import SUFFIXES, LatentFile, read_latents
@@ -20,6 +19,7 @@ from fluxsplit.memory import check_budget
 from fluxsplit.models import demo_files, resolve_vae
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, VAE_FACTOR
+from fluxsplit.retry import vae_events_with_retry
 
 MIN_TILE_PX = 64
 
@@ -107,28 +107,12 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
         progress.failed(refused.path, refused.error.message, refused.error.hint)
     before = len(progress.results)
     for number, job in enumerate(plan.jobs):
-        for event in _events(job, progress, ahead if number == 0 else None):
-            progress.show(event)
+        with ahead if ahead is not None and number == 0 else StageProcess("decode") as process:
+            for event in vae_events_with_retry(process, job, progress.note):
+                progress.show(event)
     if plan.upscale is not None:
         upscale_paths(progress.results[before:], plan.upscale, progress)  # the VAE's process has ended
     return 1 if progress.failures else 0
-
-
-def _events(job: DecodeJob, progress: Progress, ahead: StageProcess | None) -> Iterator[dict[str, Any]]:
-    """The events of a decode stage; where memory runs out, the rest is tried once more by a smaller plan."""
-    done = 0
-    if ahead is not None:
-        ahead.submit(job)
-    try:
-        for event in ahead.events() if ahead is not None else run_stage("decode", job):
-            done = int(event["done"]) if event["event"] == "decode" else done
-            yield event
-    except OutOfMemory as error:
-        if job.smaller or error.hint == NO_SMALLER_PLAN_HINT:
-            raise
-        progress.note(f"{error.line()}; trying once more with a smaller plan")
-        rest = replace(job, latents=job.latents[done:], parents=job.parents[done:], smaller=1)
-        yield from _events(rest, progress, None)
 
 
 class _Vaes:
@@ -171,21 +155,8 @@ def _without_rivals(values: dict[str, Any], given: dict[str, Any]) -> dict[str, 
 
 def gather_latents(names: Sequence[str]) -> list[Path]:
     """Latent files in the order given: files, the latents in folders, and the lines of stdin for `-`."""
-    files: dict[Path, None] = {}
-    for name in names:
-        found = [Path(line) for line in read_stdin() if line] if name == "-" else [Path(name).expanduser()]
-        for path in found:
-            files.update(dict.fromkeys(_in_folder(path) if path.is_dir() else [path]))
-    if not files:
-        raise UsageError("there is no latent file to decode", "name files or folders, or - to read names from stdin")
-    return list(files)
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES.values() and file.is_file())
-    if not found:
-        raise UsageError(f"{folder} holds no latent file", f"latents end in {', '.join(SUFFIXES.values())}")
-    return found
+    suffixes = tuple(SUFFIXES.values())
+    return gather_files(names, lambda folder: files_in(folder, suffixes, "latent file"), "latent file to decode")
 
 
 def check_tile(pixels: int) -> int:

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from fluxsplit.arguments import check_choice, check_device, parse_size
+from fluxsplit.arguments import check_choice, check_device, files_in, gather_files, parse_size
 from fluxsplit.cli_sample import wanted_files
-from fluxsplit.cli_upscale import gather_pictures
-from fluxsplit.decode_plan import NO_SMALLER_PLAN_HINT
-from fluxsplit.errors import OutOfMemory
-from fluxsplit.executor import run_stage
+from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import EncodeJob, absolute
 from fluxsplit.memory import check_budget
 from fluxsplit.models import demo_files, resolve_vae
+from fluxsplit.picture_file import SUFFIXES
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, LATENT_FORMATS
+from fluxsplit.retry import vae_events_with_retry
 
 
 def encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
@@ -33,8 +32,11 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
     width, height = parse_size(values["size"]) if values.get("size") else (0, 0)
     if given.get("model") and not given.get("vae"):  # a VAE of the settings does not overrule it
         values = {**values, "vae": ""}
+    pictures = gather_files(
+        values.get("pictures", []), lambda folder: files_in(folder, SUFFIXES, "picture"), "picture to encode"
+    )
     job = EncodeJob(
-        images=tuple(absolute(path) for path in gather_pictures(values.get("pictures", []))),
+        images=tuple(absolute(path) for path in pictures),
         vae="",
         out=absolute(values.get("out", "latents")),
         device=check_device(values.get("device", "auto")),
@@ -52,13 +54,5 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
 
 def encode_events(job: EncodeJob, progress: Progress) -> Iterator[dict[str, Any]]:
     """The events of an encode stage; where memory runs out, the rest is tried once more by a smaller plan."""
-    done = 0
-    try:
-        for event in run_stage("encode", job):
-            done = int(event["done"]) if event["event"] == "encode" else done
-            yield event
-    except OutOfMemory as error:
-        if job.smaller or error.hint == NO_SMALLER_PLAN_HINT:
-            raise
-        progress.note(f"{error.line()}; trying once more with a smaller plan")
-        yield from encode_events(replace(job, images=job.images[done:], smaller=1), progress)
+    with StageProcess("encode") as process:
+        yield from vae_events_with_retry(process, job, progress.note)

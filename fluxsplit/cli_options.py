@@ -285,3 +285,67 @@ PeekSteps = Annotated[
         help="Keep peek.png in the folder of latents as the picture is after each step.",
     ),
 ]
+Latents = Annotated[
+    list[str], typer.Argument(metavar="LATENT", help="Latent files, folders of them, or - for names on stdin.")
+]
+Pictures = Annotated[
+    list[str], typer.Argument(metavar="IMG", help="Pictures, folders of them, or - for names on stdin.")
+]
+EncodeSize = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="WxH",
+        rich_help_panel=PICTURE,
+        help="Resize first. [the picture's, cut to multiples of 8]",
+    ),
+]
+DecodeTile = Annotated[
+    int | None,
+    typer.Option(
+        "--tile",
+        metavar="N",
+        rich_help_panel=MACHINE,
+        help="Decode in overlapped tiles of N pixels, inexactly; 0: never. [0]",
+    ),
+]
+UpscaleTile = Annotated[
+    str | None,
+    typer.Option(
+        "--tile", metavar="auto|N", rich_help_panel=MACHINE, help="Side of the tiles in pixels; 0 for none. [auto]"
+    ),
+]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|linear|FILE", rich_help_panel=FILES, help="TAEF1's file; auto takes it where it is. [auto]"
+    ),
+]
+DeleteLatents = Annotated[
+    bool | None,
+    typer.Option("--delete-latents/--keep-latents", rich_help_panel=OUTPUT, help="Remove latents once decoded. [keep]"),
+]
+PicturesOut = Annotated[
+    str | None,
+    typer.Option("--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for pictures. [images]"),
+]
+UpscaledOut = Annotated[
+    str | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the results. [that of each picture]"
+    ),
+]
+PeeksOut = Annotated[
+    str | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="Folder for previews. [that of each latent]"
+    ),
+]
+Overwrite = Annotated[
+    bool | None,
+    typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace pictures of the same name."),
+]
+OverwritePeeks = Annotated[
+    bool | None,
+    typer.Option("--overwrite/--no-overwrite", rich_help_panel=OUTPUT, help="Replace previews of the same name."),
+]

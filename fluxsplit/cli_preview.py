@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit.cli_decode import plan_decode, run_decode
-from fluxsplit.cli_sample import Plan, plan_sample, run_sample
+from fluxsplit.cli_sample import only_planned, plan_sample, run_sample
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import absolute
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import LATENT_FORMATS
+from fluxsplit.sample_plan import Plan
 from fluxsplit.sheet import write_sheets
 
 FOLDER = "previews"
@@ -23,6 +24,14 @@ LATENTS = "latents"
 SIZE = "512x512"
 COUNT = 8
 _NUMBER = re.compile(r"(\d{4,9})(?:-\d+)?\.(?:png|" + "|".join(LATENT_FORMATS) + ")", re.ASCII)
+
+
+def preview(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
+    """Plan and render, or show the plan; returns the exit code."""
+    plan = plan_preview(given, defaults)
+    if given.get("dry_run"):
+        return only_planned(plan, given, progress)
+    return run_preview(plan, given, defaults, progress)
 
 
 def plan_preview(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:

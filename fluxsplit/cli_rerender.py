@@ -13,7 +13,7 @@ from fluxsplit.arguments import check_choice, check_device
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_encode import encode_events
-from fluxsplit.cli_sample import Plan, run_sample, wanted_files
+from fluxsplit.cli_sample import run_sample, wanted_files
 from fluxsplit.cli_upscale import upscale_options
 from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
@@ -37,6 +37,7 @@ from fluxsplit.repetition import (
     require_recipe,
 )
 from fluxsplit.rerender_sources import ENCODED, LATENTS, find_latent, gather, latent_sha256, record_of
+from fluxsplit.sample_plan import Plan
 
 FOLDER = "renders"
 _DECODING = ("model", "vae", "comfyui", "device", "vram", "vae_dtype")
@@ -335,8 +336,8 @@ def _decode(
 
 
 def _show(plans: list[tuple[Plan, dict[str, tuple[str, str]]]], as_json: bool, progress: Progress) -> int:
-    from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
+    from fluxsplit.dry_run import show_plan  # noqa: PLC0415
 
     for plan, _ in plans:
-        print(plan_json(plan)) if as_json else print_plan(plan)
+        show_plan(plan, as_json)
     return 1 if progress.failures else 0

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fluxsplit.arguments import (
     parse_size,
 )
 from fluxsplit.checkpoint import part, variant_of
-from fluxsplit.conditioning_cache import Encoders, encoders_of
+from fluxsplit.conditioning_cache import encoders_of
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob, TextJob, absolute
@@ -35,35 +35,27 @@ from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS
 from fluxsplit.retry import events_with_retry
 from fluxsplit.safetensor_header import read_header
+from fluxsplit.sample_plan import Plan
 from fluxsplit.step_times import timed
 
 DEFAULT_SIZE = "1024x1024"
 DEMO_SIZE = "512x512"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a `sample` command is going to do."""
+def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
+    """Plan and render, or show the plan; returns the exit code."""
+    plan = plan_sample(given, defaults)
+    return only_planned(plan, given, progress) if given.get("dry_run") else run_sample(plan, progress)
 
-    files: ModelFiles
-    prompts: tuple[str, ...]
-    """Texts to encode, negatives among them; none where a conditioning is given."""
-    conditionings: tuple[str, ...]
-    """One file for each of them: where it is kept, or empty for the folder that is removed at the end."""
-    images: tuple[ImageJob, ...]
-    """Their conditioning is the text itself where it is still to be encoded."""
-    out: str
-    format: str
-    dtype: str
-    device: str
-    notes: tuple[str, ...]
-    vram: str = "auto"
-    peek: bool = False
-    peek_steps: bool = False
-    cache: bool = True
-    """Whether encoded prompts are taken from the cache and kept there."""
-    encoders: Encoders | None = None
-    """What encoded the prompts, where a recipe says it; None for the encoders in `files`."""
+
+def only_planned(plan: Plan, given: dict[str, Any], progress: Progress) -> int:
+    """`--dry-run`: show the plan and do nothing; returns the exit code."""
+    from fluxsplit.dry_run import show_plan  # noqa: PLC0415  only where it is needed
+
+    for note in plan.notes:
+        progress.note(note)
+    show_plan(plan, bool(given.get("json")))
+    return 0
 
 
 def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:

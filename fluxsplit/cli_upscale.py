@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import places
-from fluxsplit.arguments import check_choice, check_device, read_stdin
+from fluxsplit.arguments import check_choice, check_device, files_in, gather_files
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import UpscaleJob, absolute
@@ -36,7 +36,7 @@ class UpscaleOptions:
 def upscale(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and enlarge; returns the exit code."""
     values = defaults | given
-    pictures = gather_pictures(values.get("pictures", []))
+    pictures = gather_files(values.get("pictures", []), _not_enlarged, "picture to enlarge")
     options = upscale_options({"upscale": "2", **values}, progress)
     upscale_paths(pictures, options, progress)
     return 1 if progress.failures else 0
@@ -89,24 +89,9 @@ def upscale_paths(paths: Sequence[str | Path], options: UpscaleOptions, progress
     return progress.results[before:]
 
 
-def gather_pictures(names: Sequence[str]) -> list[Path]:
-    """Pictures in the order given: files, the pictures in folders, and the lines of stdin for `-`."""
-    files: dict[Path, None] = {}
-    for name in names:
-        found = [Path(line) for line in read_stdin() if line] if name == "-" else [Path(name).expanduser()]
-        for path in found:
-            files.update(dict.fromkeys(_in_folder(path) if path.is_dir() else [path]))
-    if not files:
-        raise UsageError("there is no picture to enlarge", "name files or folders, or - to read names from stdin")
-    return list(files)
-
-
-def _in_folder(folder: Path) -> list[Path]:
+def _not_enlarged(folder: Path) -> list[Path]:
     """The pictures in a folder that were not enlarged before, so that a second run does not enlarge its own results."""
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not found:
-        raise UsageError(f"{folder} holds no picture", f"pictures end in {', '.join(SUFFIXES)}")
-    fresh = [file for file in found if not _is_enlarged(file)]
+    fresh = [file for file in files_in(folder, SUFFIXES, "picture") if not _is_enlarged(file)]
     if not fresh:
         raise UsageError(f"all pictures in {folder} were enlarged before", "name those that are to be enlarged again")
     return fresh

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit.checkpoint import describe, part, variant_of
-from fluxsplit.cli_sample import Plan
 from fluxsplit.defaults import guidance_of, shift_of, steps_of
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import DeviceJob
 from fluxsplit.memory import DeviceInfo, budget_bytes
 from fluxsplit.memory_plan import MemoryPlan, Model, Work, plan_memory, read_model, text_tokens, tokens_of
 from fluxsplit.progress import bytes_text
+from fluxsplit.sample_plan import Plan
 
 _TITLES = {"transformer": "transformer", "text_encoder": "T5", "clip": "CLIP", "vae": "VAE"}
 _KINDS = {"transformer": "transformer", "text_encoder": "t5", "clip": "clip", "vae": "vae"}
@@ -84,6 +84,11 @@ def memory_plan(plan: Plan) -> tuple[MemoryPlan, DeviceInfo, Model]:
     device = DeviceInfo(**{name: value for name, value in event.items() if name in names})
     model = read_model(part_, event["dtype"])
     return plan_memory(model, work, device, budget_bytes(plan.vram, device), event["dtype"]), device, model
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """The plan on stdout, as one line of JSON or as tables."""
+    print(plan_json(plan)) if as_json else print_plan(plan)
 
 
 def plan_json(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from fluxsplit.errors import FluxsplitError
 
 IMAGE_DESCRIPTION, MAKE, MODEL, SOFTWARE = 0x010E, 0x010F, 0x0110, 0x0131
 USER_COMMENT, MAKER_NOTE = 0x9286, 0x927C
-_EXIF_IFD = 0x8769
+EXIF_DIRECTORY = 0x8769
 _TEXT_TAGS = {IMAGE_DESCRIPTION, MAKE, MODEL, SOFTWARE, USER_COMMENT, MAKER_NOTE}
 _BYTES_BY_TYPE = {1: 1, 2: 1, 7: 1}  # BYTE, ASCII, UNDEFINED
 MAX_ENTRIES = 512
@@ -45,7 +45,7 @@ def _directory(data: bytes, order: str, at: int, tags: dict[int, bytes]) -> int:
     exif_at = 0
     for entry in range(at + 2, at + 2 + 12 * count, 12):
         tag, kind, length = struct.unpack_from(order + "HHI", data, entry)
-        if tag == _EXIF_IFD:
+        if tag == EXIF_DIRECTORY:
             exif_at = _number(data, order, entry + 8)
         if tag not in _TEXT_TAGS or kind not in _BYTES_BY_TYPE:
             continue

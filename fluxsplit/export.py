@@ -25,6 +25,7 @@ from fluxsplit.found_recipe import FoundRecipe
 from fluxsplit.found_text import as_a1111
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY
 from fluxsplit.picture_file import Picture, encode, read_picture, resized
+from fluxsplit.picture_text import XMP_KEY
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,7 +84,7 @@ def _for_civitai(picture: Picture, found: FoundRecipe, ai_mark: bool) -> Exporte
     if PARAMETERS_KEY in picture.texts and found.recipe is not None:
         texts[PARAMETERS_KEY] = picture.texts[PARAMETERS_KEY]  # it tells of upscaling too
     if ai_mark:
-        texts["XML:com.adobe.xmp"] = AI_MARK
+        texts[XMP_KEY] = AI_MARK
     return Exported(encode(_whole(picture), texts, b"", picture.icc_profile), ".png")
 
 

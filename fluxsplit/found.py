@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fluxsplit import exif
-from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.found_a1111 import read_a1111
 from fluxsplit.found_comfy import read_comfy, with_picture_size
 from fluxsplit.found_others import (
@@ -21,7 +21,7 @@ from fluxsplit.found_others import (
 from fluxsplit.found_recipe import FoundRecipe, found_of_recipe
 from fluxsplit.latents import read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
-from fluxsplit.picture_text import PictureText, picture_kind, read_picture_text
+from fluxsplit.picture_text import PictureText, first_bytes, picture_kind, read_picture_text
 from fluxsplit.recipe import VAE_FACTOR
 from fluxsplit.xmp import xmp_text
 
@@ -44,13 +44,7 @@ def read_found(path: str | Path) -> FoundRecipe:
     picture nor a latent.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
+    start = first_bytes(path)
     if picture_kind(start):
         return found_in(read_picture_text(path), path.name)
     return _in_latent(path)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import checkpoint
-from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.found import found_in, read_found
 from fluxsplit.found_text import as_form, facts_of
 from fluxsplit.latents import COMFY_TENSOR, read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
-from fluxsplit.picture_text import PictureText, picture_kind, read_picture_text
+from fluxsplit.picture_text import PictureText, first_bytes, picture_kind, read_picture_text
 from fluxsplit.recipe import VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.safetensor_header import read_header
 from fluxsplit.torch_file import ZIP_MAGIC
@@ -60,14 +60,8 @@ def inspect(path: str | Path) -> Report:
     path = Path(path)
     if path.is_dir():
         return _weights(path, sum(file.stat().st_size for file in path.rglob("*.safetensors")))
-    try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(512)
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
+    start = first_bytes(path, 512)
+    size_bytes = path.stat().st_size
     if picture_kind(start):
         return _picture(path, size_bytes)
     for magic, what in _OTHER_PICTURES:

@@ -13,10 +13,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxsplit.errors import FluxsplitError, UsageError
-from fluxsplit.exif import comment_text
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.exif import EXIF_DIRECTORY, USER_COMMENT, comment_text
 from fluxsplit.metadata import PARAMETERS_KEY, PNG_COMPRESS_LEVEL
-from fluxsplit.picture_text import XMP_KEY
+from fluxsplit.picture_text import XMP_KEY, first_bytes
 from fluxsplit.png_text import MAX_TEXT_BYTES, SIGNATURE, read_png
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ MAX_PIXELS = 1 << 28
 MAX_EXIF_BYTES = 1 << 20
 _RGB_MODES = ("RGB", "RGBA", "P")
 """A profile of CMYK or grey says nothing of the RGB that is written."""
-_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +63,7 @@ def read_picture(path: str | Path) -> Picture:
     or has over `MAX_PIXELS`.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
+    start = first_bytes(path, 8)
     texts = dict(read_png(path).texts) if start == SIGNATURE else {}
     try:
         return _opened(path, texts)
@@ -122,7 +115,7 @@ def _separated(image: Image) -> tuple[Image, Image | None]:
 def _texts_of(exif: Any, xmp: Any) -> dict[str, str]:
     """What a JPEG or WebP says, under the keywords that a PNG has for it."""
     texts = {}
-    comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT) if exif else None
+    comment = exif.get_ifd(EXIF_DIRECTORY).get(USER_COMMENT) if exif else None
     if isinstance(comment, bytes) and len(comment) <= MAX_TEXT_BYTES:
         text = comment_text(comment)
         if "Steps: " in text and "�" not in text:  # what else may stand there stays in the EXIF alone

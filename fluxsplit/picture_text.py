@@ -40,6 +40,20 @@ class PictureText:
     """Of a JPEG's COM segment."""
 
 
+def first_bytes(path: Path, count: int = 16) -> bytes:
+    """The first `count` bytes of a file, by which its kind is told.
+
+    Raises UsageError where there is no such file, FluxsplitError where it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
+
+
 def picture_kind(start: bytes) -> str:
     """`PNG`, `JPEG` or `WebP` by the first 16 bytes of a file; empty for anything else."""
     if start.startswith(SIGNATURE):
@@ -56,29 +70,29 @@ def read_picture_text(path: str | Path) -> PictureText:
     holds more text than any tool writes.
     """
     path = Path(path)
+    kind = picture_kind(first_bytes(path))
+    if not kind:
+        raise FluxsplitError(f"{path.name} is no PNG, JPEG or WebP picture")
+    if kind == "PNG":
+        return _in_png(path)
     try:
         with path.open("rb") as file:
-            kind = picture_kind(file.read(16))
-            if kind == "PNG":
-                return _in_png(path)
-            if kind:
-                found = _in_jpeg(file) if kind == "JPEG" else _in_webp(file)
-                if not found.width or not found.height:
-                    raise FluxsplitError(f"is a {kind} without a picture", _CUT_SHORT)
-                return found
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
+            found = _in_jpeg(file) if kind == "JPEG" else _in_webp(file)
+        if not found.width or not found.height:
+            raise FluxsplitError(f"is a {kind} without a picture", _CUT_SHORT)
     except OSError as error:
         raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
     except FluxsplitError as error:
-        named = error.message if error.message.startswith(path.name) else f"{path.name} {error.message}"
-        raise FluxsplitError(named, error.hint) from None
-    raise FluxsplitError(f"{path.name} is no PNG, JPEG or WebP picture")
+        raise FluxsplitError(f"{path.name} {error.message}", error.hint) from None
+    return found
 
 
 def _in_png(path: Path) -> PictureText:
     png = read_png(path)
-    exif = read_exif(png.exif) if png.exif else {}
+    try:
+        exif = read_exif(png.exif) if png.exif else {}
+    except FluxsplitError as error:
+        raise FluxsplitError(f"{path.name} {error.message}", error.hint) from None
     return PictureText("PNG", png.width, png.height, png.texts, exif, png.texts.get(XMP_KEY, ""))
 
 

@@ -1,4 +1,9 @@
-"""A stage that runs out of memory gets a second process with a smaller plan, once."""
+"""A stage that runs out of memory gets a second process with a smaller plan, once.
+
+The transformer's pictures advance together, and its plan holds for all: its stage says beforehand what a smaller
+one is. The VAE's items come one after another, each with a plan of its own size: its job counts how often one did
+not hold.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from fluxsplit.decode_plan import NO_SMALLER_PLAN_HINT
 from fluxsplit.errors import OutOfMemory
 from fluxsplit.executor import StageProcess
-from fluxsplit.jobs import DecodeJob, Job, SampleJob
+from fluxsplit.jobs import DecodeJob, EncodeJob, Job, SampleJob
 
 
-def events_with_retry(process: StageProcess, job: Job, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def events_with_retry(process: StageProcess, job: SampleJob, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Hand `process` its job and yield its events; if it runs out of memory, those of a second process with less.
 
     What to change in the job the stage itself says beforehand, by `smaller` in its event `plan`, so that it is known
@@ -30,25 +36,39 @@ def events_with_retry(process: StageProcess, job: Job, note: Callable[[str], Non
             yield event
         return
     except OutOfMemory as error:
-        rest = without(job, done)
-        if smaller is None or rest is None:
+        images = _left(job.images, done)
+        if smaller is None or not images:
             raise
         process.close()
         note(f"{error.message}; trying once more with {_described(smaller)}")
     with StageProcess(process.stage) as second:
-        second.submit(replace(rest, **smaller))
+        second.submit(replace(job, images=images, **smaller))
         yield from second.events()
 
 
-def without(job: Job, done: set[int]) -> Job | None:
-    """The job without the items of these numbers; None where nothing is left or it is not of a kind that is retried."""
-    if isinstance(job, SampleJob):
-        images = _left(job.images, done)
-        return replace(job, images=images) if images else None
+def vae_events_with_retry(
+    process: StageProcess, job: DecodeJob | EncodeJob, note: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """The same for a stage of the VAE; its events of progress, named as the stage, tell how many items are `done`."""
+    process.submit(job)
+    done = 0
+    try:
+        for event in process.events():
+            done = int(event["done"]) if event["event"] == process.stage else done
+            yield event
+        return
+    except OutOfMemory as error:
+        if job.smaller or error.hint == NO_SMALLER_PLAN_HINT:
+            raise
+        process.close()
+        note(f"{error.line()}; trying once more with a smaller plan")
     if isinstance(job, DecodeJob):
-        latents = _left(job.latents, done)
-        return replace(job, latents=latents, parents=_left(job.parents, done)) if latents else None
-    return None
+        rest: Job = replace(job, latents=job.latents[done:], parents=job.parents[done:], smaller=1)
+    else:
+        rest = replace(job, images=job.images[done:], smaller=1)
+    with StageProcess(process.stage) as second:
+        second.submit(rest)
+        yield from second.events()
 
 
 def _left(items: tuple[Any, ...], done: set[int]) -> tuple[Any, ...]:

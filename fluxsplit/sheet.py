@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsplit import durable
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.metadata import read_record
+from fluxsplit.found import read_found
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,22 +65,16 @@ def _entry(file: Path) -> Entry | None:
     from PIL import Image  # noqa: PLC0415  60 ms, and only previews draw sheets
 
     try:
+        found = read_found(file)  # it says nothing of a picture without a recipe, which is shown all the same
         with Image.open(file, formats=("PNG",)) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 return None
             small = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+    except (FluxsplitError, OSError, ValueError, SyntaxError):
         return None
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    prompt, seed = "", None
-    try:
-        recipe = read_record(file).recipe
-        if recipe is not None:
-            prompt, seed = recipe.prompt, recipe.seed
-    except FluxsplitError:
-        pass  # a picture without a recipe is shown all the same
-    return Entry(file.name, prompt, seed, width, height, small)
+    return Entry(file.name, found.prompt or "", found.seed, width, height, small)
 
 
 def by_prompt(entries: Sequence[Entry]) -> dict[str, list[Entry]]:

@@ -15,36 +15,14 @@ import time
 from pathlib import Path
 
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
-from fluxsplit.recipe import Recipe, WeightsStamp
+from fluxsplit.recipe import WeightsStamp
+from gallery_pictures import make_recipe
 
 
 def record(seed: int) -> ImageRecord:
     """A recipe of a usual size."""
-    stamp = WeightsStamp("flux1-schnell-fp8.safetensors", "ab" * 32)
-    recipe = Recipe(
-        prompt="a lighthouse at dusk, storm clouds, oil on canvas " * 8,
-        seed=seed,
-        width=512,
-        height=512,
-        steps=4,
-        sigmas=(1.0, 0.75, 0.5, 0.25, 0.0),
-        sampler="euler",
-        scheduler="simple",
-        shift=None,
-        guidance=None,
-        cfg=1.0,
-        negative="",
-        noise_index=0,
-        variant="schnell",
-        transformer=stamp,
-        text_encoder=stamp,
-        clip=stamp,
-        dtype="bf16",
-        device="cpu",
-        versions={"fluxsplit": "0.1.0"},
-        created="2026-11-24T00:00:00+00:00",
-    )
-    return ImageRecord(recipe, "cd" * 32, stamp)
+    prompt = "a lighthouse at dusk, storm clouds, oil on canvas " * 8
+    return ImageRecord(make_recipe(prompt, seed, 512, 512), "cd" * 32, WeightsStamp("ae.safetensors", "ab" * 32))
 
 
 def main() -> None:

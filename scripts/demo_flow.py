@@ -4,10 +4,6 @@ Pictures are drawn as they are needed, so nothing repeats. Every step uses one p
 fewer pictures where they are larger, so that all steps take the same time; several processes
 average their gradients. Block matrices are trained with Muon, the rest with AdamW.
 
-On a CPU that others use too, processes in lockstep all wait for the slowest. There an assistant on
-another core works at its own pace: it reads the weights as they are, and whenever a gradient of its
-own is ready, one or two steps stale, the next step takes it in (Hogwild, Recht et al., arXiv 1106.5730).
-
 The last part of the run distils guidance, as Flux's own makers did: a frozen copy of the averaged weights
 says in which direction a caption moves the velocity, and the model learns to go further that way by itself
 (after Meng et al., arXiv 2210.03142; and arXiv 2502.12154 for adding it to the target of the data).
@@ -21,6 +17,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,9 +28,13 @@ from torch import Tensor, nn
 
 from captions import caption, to_text
 from demo_latents import image_ids, pack, project
+from demo_muon import Muon, fast_bf16, split_parameters
 from demo_text import WIDTH as TEXT_WIDTH
 from demo_text import Tokenizers, encode, load_encoders
 from shapes import picture, random_scene
+
+if TYPE_CHECKING:
+    from demo_assistant import Assistant
 
 Bucket = tuple[int, int]  # image tokens across and down; one token is 16 pixels
 
@@ -51,11 +52,11 @@ class FlowConfig:
     batch: int = 32  # pictures of 128x128 a step and process
     matrix_lr: float = 2.5e-3
     lr: float = 1.5e-3
-    ema: float = 0.999
+    ema: float = 0.995
     decay_from: float = 0.55  # part of the run after which learning rates fall to zero
     empty_captions: float = 0.07
     guide: float = 2.0  # guidance that is distilled: 1 for none
-    guide_from: float = 0.82  # part of the run from which on it is
+    guide_from: float = 0.8  # part of the run from which on it is
 
 
 # Shares of the steps by size class (shorter side 128, 192-256, 384-512), and how often a picture
@@ -142,79 +143,6 @@ def draw_sigmas(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
     high, low = shift_sigmas(normal, 4.5 * wide), shift_sigmas(normal, 1.6 * wide)
     uniform = torch.rand(batch, generator=generator)
     return torch.where(kind < 0.6, high, torch.where(kind < 0.9, low, uniform))
-
-
-def fast_bf16(device: str) -> bool:
-    """Whether matrix products in bf16 are worth it: on a graphics card, or a CPU with instructions for them."""
-    return device == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-# -- optimisation ------------------------------------------------------------------------------
-
-
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearest orthogonal matrices by Newton-Schulz (Muon's quintic).  # [K, M, N]"""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x: Tensor = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if fast_bf16(matrices.device.type):
-        x = x.bfloat16()  # the iteration corrects itself; sixteen bits are enough (Jordan et al., Muon)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
-
-
-class Muon:
-    """Momentum, orthogonalised; each process does its share of the matrices."""
-
-    def __init__(self, matrices: list[nn.Parameter], rank: int, world: int) -> None:
-        self.matrices = matrices
-        self.momenta = [torch.zeros_like(p) for p in matrices]
-        shapes = sorted({tuple(p.shape) for p in matrices})
-        self.groups = []
-        for shape in shapes:
-            same = [i for i, p in enumerate(matrices) if tuple(p.shape) == shape]
-            self.groups.append(same[rank::world])
-        self.world = world
-
-    @torch.no_grad()
-    def step(self, lr: float, momentum: float = 0.95) -> None:
-        """One update; `lr` is the root mean square of an element's change, times five."""
-        updates = [torch.zeros_like(p) for p in self.matrices]
-        for group in self.groups:
-            if not group:
-                continue
-            directions = []
-            for index in group:
-                grad, held = self.matrices[index].grad, self.momenta[index]
-                if grad is None:
-                    raise RuntimeError("a matrix has no gradient; call backward first")
-                held.lerp_(grad, 1 - momentum)
-                directions.append(grad.lerp(held, momentum))
-            for index, update in zip(group, orthogonalise(torch.stack(directions)), strict=True):
-                updates[index].copy_(update)
-        if self.world > 1:
-            flat = torch.cat([update.flatten() for update in updates])
-            dist.all_reduce(flat)
-            sizes = [update.numel() for update in updates]
-            updates = [part.view_as(update) for part, update in zip(torch.split(flat, sizes), updates, strict=True)]
-        for parameter, update in zip(self.matrices, updates, strict=True):
-            scale = 0.2 * math.sqrt(max(parameter.shape))
-            parameter.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * scale)
-
-
-def split_parameters(
-    model: FluxTransformer2DModel,
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Block matrices for Muon; embeddings, modulations and vectors for AdamW."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        in_block = "transformer_blocks" in name and parameter.ndim == 2
-        plain = in_block and not name.split(".", 2)[2].startswith("norm")
-        (matrices if plain else rest).append(parameter)
-    return matrices, rest
 
 
 def velocity(
@@ -400,68 +328,3 @@ class FlowTrainer:
         shared = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(shared, 0)
         return float(shared)
-
-
-class Assistant:
-    """A second process that adds gradients at its own pace; its gradient and a flag are in shared memory."""
-
-    def __init__(self, trainer: FlowTrainer, tokenizer_folder: Path) -> None:
-        trainer.model.share_memory()
-        self.gradients = [torch.zeros_like(p).share_memory_() for p in trainer.model.parameters()]
-        self.state = torch.zeros(2, dtype=torch.float64).share_memory_()  # pictures of a gradient that is ready, part
-        shared = (trainer.model, self.gradients, self.state, trainer.work, tokenizer_folder, trainer.config)
-        torch.multiprocessing.get_context("spawn").Process(target=assist, args=shared, daemon=True).start()
-
-    def take_in(self, model: FluxTransformer2DModel, size: int, part: float) -> int:
-        """Average a waiting gradient into the model's own of `size` pictures; returns how many pictures it adds."""
-        self.state[1] = part
-        added = int(self.state[0])
-        if added:
-            for parameter, other in zip(model.parameters(), self.gradients, strict=True):
-                assert parameter.grad is not None
-                parameter.grad.lerp_(other, added / (added + size))
-            self.state[0] = 0
-        return added
-
-
-def assist(
-    weights: FluxTransformer2DModel,
-    gradients: list[Tensor],
-    state: Tensor,
-    work: Path,
-    tokenizer_folder: Path,
-    config: FlowConfig,
-) -> None:
-    """The assistant's loop: gradients of pictures that no other process draws, for as long as the trainer lives."""
-    torch.set_num_threads(1)
-    if hasattr(os, "nice"):
-        os.nice(12)  # the trainer comes first
-    trainer = FlowTrainer(work, tokenizer_folder, config, "cpu")
-    trainer.rank = 1
-    while os.getppid() != 1:
-        with torch.no_grad():
-            for own, shared in zip(trainer.model.parameters(), weights.parameters(), strict=True):
-                own.copy_(shared)
-        loss, size = trainer.losses(float(state[1]))
-        loss.backward()
-        while state[0] and os.getppid() != 1:
-            time.sleep(0.01)
-        for parameter, shared in zip(trainer.model.parameters(), gradients, strict=True):
-            assert parameter.grad is not None
-            shared.copy_(parameter.grad)
-        trainer.model.zero_grad()
-        trainer.step += 1
-        state[0] = size
-
-
-def train_flow(
-    work: Path, tokenizer_folder: Path, config: FlowConfig, minutes: float, device: str, assisted: bool = False
-) -> None:
-    """Train or go on training; started under torchrun, with as many processes as it was given."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-    trainer = FlowTrainer(work, tokenizer_folder, config, device)
-    trainer.run(minutes, Assistant(trainer, tokenizer_folder) if assisted else None)
-    if dist.is_initialized():
-        dist.destroy_process_group()

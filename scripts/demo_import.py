@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from demo_flow import FlowConfig, build_flow, split_parameters
+from demo_flow import FlowConfig, build_flow
+from demo_muon import split_parameters
 from demo_text import Tokenizers, build_encoders
 from demo_vae import build_vae
 from fluxsplit import checkpoint

@@ -74,7 +74,7 @@ def main() -> None:
 
         train_vae(options.work, options.vae_minutes, device)
     if step in ("flow", "all"):
-        from demo_flow import train_flow
+        from demo_assistant import train_flow
 
         train_flow(options.work, tokenizers, config, options.minutes, device, options.assisted)
     if step in ("check", "all"):
