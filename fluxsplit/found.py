@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fluxsplit import exif
+from fluxsplit.alpha_text import hidden_text
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.found_a1111 import read_a1111
 from fluxsplit.found_comfy import read_comfy, with_picture_size
@@ -17,6 +18,7 @@ from fluxsplit.found_others import (
     read_mflux,
     read_novelai,
     read_swarmui,
+    texts_in,
 )
 from fluxsplit.found_recipe import FoundRecipe, found_of_recipe
 from fluxsplit.latents import read_latents
@@ -46,22 +48,24 @@ def read_found(path: str | Path) -> FoundRecipe:
     path = Path(path)
     start = first_bytes(path)
     if picture_kind(start):
-        return found_in(read_picture_text(path), path.name)
+        return found_in(read_picture_text(path), path)
     return _in_latent(path)
 
 
-def found_in(picture: PictureText, name: str) -> FoundRecipe:
-    """The recipe in a picture's texts; raises FluxsplitError, with `name` in it, where our own record is damaged."""
+def found_in(picture: PictureText, path: Path) -> FoundRecipe:
+    """The recipe in a picture's texts, else in its alpha channel; raises FluxsplitError where our record is damaged."""
     found = FoundRecipe()
     if RECORD_KEY in picture.texts:
         try:
             record = record_from_json(picture.texts[RECORD_KEY])
         except FluxsplitError as error:
-            raise FluxsplitError(f"{name} is refused: {error.message}", error.hint) from None
+            raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
         if record.recipe is not None:
             found = found_of_recipe(record.recipe)
     if found.tool is None:
         found = _foreign(picture)
+    if found.tool is None and picture.alpha and (text := hidden_text(path)):
+        found = _foreign(replace(picture, texts=texts_in(text)))
     width, height = picture.width, picture.height
     return with_picture_size(replace(found, container=picture.container, picture_width=width, picture_height=height))
 

@@ -22,6 +22,7 @@ from fluxsplit.found_values import (
     scheduler_of,
     table_of,
 )
+from fluxsplit.metadata import PARAMETERS_KEY
 
 Table = Mapping[str, Any]
 
@@ -136,6 +137,14 @@ def read_novelai(texts: Mapping[str, str]) -> FoundRecipe:
     prompt = as_text(texts.get("Description")) or as_text(table.get("prompt"))
     note = "NovelAI's models are not Flux: its scale and sampler are carried over as they stand"
     return replace(found, prompt=prompt, notes=(*found.notes, note), noise_source="gpu")
+
+
+def texts_in(hidden: str) -> dict[str, str]:
+    """The texts in what an alpha channel hides: NovelAI's by their keywords as JSON, else A1111's `parameters`."""
+    table = json_object(hidden)
+    if not table:
+        return {PARAMETERS_KEY: hidden}
+    return {name: text for name, text in table.items() if isinstance(text, str)}
 
 
 def read_civitai(value: Any) -> FoundRecipe:

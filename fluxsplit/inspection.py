@@ -137,7 +137,7 @@ def _picture(path: Path, size_bytes: int) -> Report:
 def _foreign_picture(
     path: Path, size_bytes: int, picture: PictureText, facts: list[tuple[str, str]], details: dict[str, Any]
 ) -> Report:
-    found = found_in(picture, path.name)
+    found = found_in(picture, path)
     if found.tool is None:
         parameters = picture.texts.get(PARAMETERS_KEY)
         facts += [] if parameters is None else [(PARAMETERS_KEY, parameters)]

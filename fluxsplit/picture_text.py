@@ -38,6 +38,8 @@ class PictureText:
     xmp: str = ""
     comment: str = ""
     """Of a JPEG's COM segment."""
+    alpha: bool = False
+    """Whether it is a PNG with an alpha channel, which may hide a text (`alpha_text`)."""
 
 
 def first_bytes(path: Path, count: int = 16) -> bytes:
@@ -93,7 +95,7 @@ def _in_png(path: Path) -> PictureText:
         exif = read_exif(png.exif) if png.exif else {}
     except FluxsplitError as error:
         raise FluxsplitError(f"{path.name} {error.message}", error.hint) from None
-    return PictureText("PNG", png.width, png.height, png.texts, exif, png.texts.get(XMP_KEY, ""))
+    return PictureText("PNG", png.width, png.height, png.texts, exif, png.texts.get(XMP_KEY, ""), alpha=png.alpha)
 
 
 def _in_jpeg(file: BinaryIO) -> PictureText:

@@ -35,6 +35,8 @@ class PngText:
     texts: dict[str, str]
     exif: bytes = b""
     """The eXIf chunk: a TIFF block."""
+    alpha: bool = False
+    """Whether each pixel has a transparency (colour types 4 and 6)."""
 
 
 def read_png(path: str | Path) -> PngText:
@@ -63,12 +65,13 @@ def _walk(file: BinaryIO) -> PngText:
     if kind != b"IHDR" or len(data) != 13:
         raise FluxsplitError("is a damaged PNG: it does not start with its size", _HINT)
     width, height = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
+    alpha = data[9] in (4, 6)
     texts: dict[str, str] = {}
     total_bytes, exif = 0, b""
     for _ in range(MAX_CHUNKS):
         kind, data = _chunk(file, size_bytes)
         if kind == b"IEND":
-            return PngText(width, height, texts, exif)
+            return PngText(width, height, texts, exif, alpha)
         if kind == b"eXIf":
             exif = exif or data
         if kind not in _TEXT_CHUNKS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Callable
@@ -30,6 +31,18 @@ def png(path: Path, texts: dict[str, str], exif: Image.Exif | None = None) -> No
     for key, text in texts.items():
         info.add_text(key, text)
     Image.new("RGB", SIZE).save(path, format="PNG", pnginfo=info, **({} if exif is None else {"exif": exif}))
+
+
+def png_hiding(path: Path, text: str, gzipped: bool = True, size: tuple[int, int] = SIZE) -> None:
+    """A text in the lowest bits of alpha, down the columns, and nowhere else."""
+    data = gzip.compress(text.encode()) if gzipped else text.encode()
+    hidden = (b"stealth_pngcomp" if gzipped else b"stealth_pnginfo") + (8 * len(data)).to_bytes(4, "big") + data
+    bits = [byte >> shift & 1 for byte in hidden for shift in range(7, -1, -1)]
+    picture = Image.new("RGBA", size, (9, 9, 9, 255))
+    assert len(bits) <= size[0] * size[1]
+    for number, bit in enumerate(bits):
+        picture.putpixel(divmod(number, size[1]), (9, 9, 9, 254 | bit))
+    picture.save(path, format="PNG")
 
 
 def png_raw(path: Path, key: bytes, text: bytes) -> None:
@@ -394,6 +407,15 @@ CASES = (
         lambda p: png(p, {"Software": "NovelAI", "Description": "a fox", "Comment": json.dumps(NOVELAI)}),
         _FOX | {"tool": "NovelAI", "negative": "lowres", "steps": 28, "guidance": 11.0, "sampler": "euler"},
     ),
+    Case(
+        "NovelAI PNG, stripped",
+        lambda p: png_hiding(
+            p, json.dumps({"Software": "NovelAI", "Description": "a fox", "Comment": json.dumps(NOVELAI)})
+        ),
+        _FOX | {"tool": "NovelAI", "negative": "lowres", "steps": 28, "guidance": 11.0, "sampler": "euler"},
+    ),
+    Case("A1111 PNG, stripped", lambda p: png_hiding(p, A1111), _A),
+    Case("A1111 PNG, stripped, not compressed", lambda p: png_hiding(p, A1111, gzipped=False), _A),
     Case("ComfyUI PNG, API graph", lambda p: png(p, {"prompt": json.dumps(API), "workflow": "{}"}), API_WANTED),
     Case("ComfyUI WebP", comfy_webp, API_WANTED | {"container": "WebP"}),
     Case(

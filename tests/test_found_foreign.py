@@ -8,7 +8,20 @@ import struct
 from pathlib import Path
 
 import pytest
-from foreign_files import API, CASES, FORGE, KSAMPLER, Case, comment, mutate, png, unicode_comment
+from foreign_files import (
+    A1111,
+    API,
+    CASES,
+    FORGE,
+    KSAMPLER,
+    Case,
+    comment,
+    mutate,
+    png,
+    png_hiding,
+    unicode_comment,
+)
+from PIL import Image
 from samples import make_recipe
 
 from fluxsplit.errors import FluxsplitError
@@ -123,6 +136,21 @@ def test_hostile_containers(tmp_path: Path) -> None:
     path.write_bytes(b"RIFF\0\0\0\0WEBP" + b"ABCD\0\0\0\0" * 10_000)
     with pytest.raises(FluxsplitError, match="chunks"):
         read_found(path)
+
+
+def test_hostile_alpha(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    png_hiding(path, "\0" * (5 << 20), size=(256, 256))  # more than any text
+    assert read_found(path).tool is None
+    Image.new("RGBA", (2, 2)).save(path, format="PNG")  # fewer pixels than the signature has bits
+    assert read_found(path).tool is None
+    Image.new("RGBA", (5000, 5000)).save(path, format="PNG")
+    assert read_found(path).tool is None
+    png_hiding(path, A1111)
+    data = path.read_bytes()
+    at = data.index(b"IDAT") + 40
+    path.write_bytes(data[:at] + bytes(8) + data[at + 8 :])  # damaged pixels
+    assert read_found(path).tool is None
 
 
 def test_entity_bombs_stay_small(tmp_path: Path) -> None:
