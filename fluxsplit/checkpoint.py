@@ -78,6 +78,11 @@ class Part:
     config: dict[str, Any]
     """What the file's `fluxsplit.config` says of this part."""
 
+    @property
+    def path(self) -> str:
+        """The file that holds it; of several, one."""
+        return next(iter(self.sources.values())).path
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter; raises FluxsplitError if the file has none of that name."""
         if name not in self.sources:

@@ -70,9 +70,9 @@ def pick_vae_dtype_name(name: str, device: torch.device) -> str:
 def device_info(device: torch.device) -> DeviceInfo:
     """What a plan has to know of a device, without measuring anything: kind, name, memory, and what is unified."""
     if device.type == "cpu":
-        return DeviceInfo(
-            "cpu", "cpu", free_ram_bytes(), total_ram_bytes(), unified=True, cores=torch.get_num_threads()
-        )
+        free = free_ram_bytes()
+        cores = torch.get_num_threads()
+        return DeviceInfo("cpu", "cpu", free, total_ram_bytes(), unified=True, ram_bytes=free, cores=cores)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     properties = torch.cuda.get_device_properties(device)
     return DeviceInfo(
@@ -81,6 +81,7 @@ def device_info(device: torch.device) -> DeviceInfo:
         free_bytes=free_bytes,
         total_bytes=total_bytes,
         unified=bool(getattr(properties, "is_integrated", False)),
+        ram_bytes=free_ram_bytes(),
         cores=int(properties.multi_processor_count),
         fused_attention=_has_fused_attention(properties),
     )

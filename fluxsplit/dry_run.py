@@ -78,7 +78,17 @@ def memory_plan(plan: Plan) -> tuple[MemoryPlan, DeviceInfo, Model]:
     )
     sizes = read_model(part_, "bf16")
     tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
-    job = DeviceJob(plan.device, plan.dtype, contents.parts["transformer"].parameters, sizes.hidden, sizes.head, tokens)
+    held = contents.parts["transformer"]
+    job = DeviceJob(
+        plan.device,
+        plan.dtype,
+        part_.path,
+        held.bytes,
+        held.parameters,
+        sizes.hidden,
+        sizes.head,
+        tokens,
+    )
     (event,) = [event for event in run_stage("device", job) if event["event"] == "device"]
     names = {field.name for field in fields(DeviceInfo)}
     device = DeviceInfo(**{name: value for name, value in event.items() if name in names})

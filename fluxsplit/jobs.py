@@ -98,10 +98,12 @@ class SampleJob:
 
 @dataclass(frozen=True, slots=True)
 class DeviceJob:
-    """Say what the device is, and how fast on the shapes of a model."""
+    """Say what the device is, and how fast on the shapes of a model and with its file."""
 
     device: str
     dtype: str
+    path: str
+    weight_bytes: int
     parameters: int
     hidden: int
     head: int

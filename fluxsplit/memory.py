@@ -51,7 +51,9 @@ class DeviceInfo:
     bus_bytes_per_s: float | None = None
     """From the machine's RAM to the device; None for a CPU, which has none to cross."""
     disk_bytes_per_s: float | None = None
-    """From the disk that holds the weights, where it was measured."""
+    """From the disk that holds the weights, where it was measured: only if they do not stay in RAM."""
+    ram_bytes: int | None = None
+    """RAM that is free for the page cache; None where nobody knows."""
     cores: int = 1
     fused_attention: bool = True
     """False where attention would materialise the score matrix (RDNA2): it is then computed in chunks of queries."""

@@ -313,10 +313,22 @@ def _step(
     if device.flops_per_s is None:
         return None, ""
     compute = forwards * sum(_compute_s(model, count, device) for count in tokens[:together])
-    rates = {"bus": device.bus_bytes_per_s, "disk": device.disk_bytes_per_s if device.kind == "cpu" else None}
-    times = {"compute": compute} | {name: streamed_bytes / rate for name, rate in rates.items() if rate}
+    times = {"compute": compute}
+    if device.bus_bytes_per_s:
+        times["bus"] = streamed_bytes / device.bus_bytes_per_s
+    if device.disk_bytes_per_s and not _stays_in_ram(device, streamed_bytes):
+        times["disk"] = streamed_bytes / device.disk_bytes_per_s
     limit = max(times, key=lambda name: times[name])
     return times[limit] / together, limit
+
+
+def _stays_in_ram(device: DeviceInfo, streamed_bytes: int) -> bool:
+    """Whether what streams comes from the page cache after the first pass.
+
+    On a CPU it does not, by the choice of what streams. To a card, all of it has to fit: read round and round, the
+    page that is needed next is the one that was thrown out.
+    """
+    return device.kind != "cpu" and (device.ram_bytes is None or streamed_bytes <= device.ram_bytes * CACHE_MARGIN)
 
 
 def _compute_s(model: Model, tokens: int, device: DeviceInfo) -> float:

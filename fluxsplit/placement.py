@@ -23,7 +23,7 @@ from fluxsplit.memory_plan import (
     text_tokens,
     tokens_of,
 )
-from fluxsplit.rates import with_rates
+from fluxsplit.rates import with_disk_rate, with_rates
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux
@@ -39,9 +39,11 @@ def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtyp
     info = device_info(device)
     if not has_fused_attention(device, dtype, model.head):  # tried: a table of cards knows too little
         info = replace(info, fused_attention=False)
-    if sum(block.bytes for block in model.blocks) >= WORTH_MEASURING_BYTES:
+    weight_bytes = sum(block.bytes for block in model.blocks)
+    if weight_bytes >= WORTH_MEASURING_BYTES:
         tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
         info = with_rates(info, device, dtype, model.hidden, model.head, tokens)
+        info = with_disk_rate(info, part.path, weight_bytes)
     return plan_memory(model, work, info, budget_bytes(job.vram, info), DTYPE_NAMES[dtype])
 
 

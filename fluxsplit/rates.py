@@ -1,4 +1,4 @@
-"""How fast this device multiplies, attends, expands and copies, measured in a moment on the shapes that come.
+"""How fast this device multiplies, attends, expands, copies and reads, measured in a moment on the shapes that come.
 
 A table of graphics cards would be wrong for the next one, and for every laptop that runs hot. A third of a second at
 the start of a step that takes several is what a prediction costs instead.
@@ -7,9 +7,11 @@ the start of a step that takes several is what a prediction costs instead.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,16 @@ import torch.nn.functional as F
 from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
+from fluxsplit.memory_plan import CACHE_MARGIN
 
 MEASURE_S = 0.05
 """For each rate."""
 MAX_TOKENS = 1024
 BUS_BYTES = 32 << 20
 QUERY_CHUNK = 512
+DISK_BYTES, DISK_S = 64 << 20, 0.3
+"""At most so much is read, and for no longer, to learn how fast a disk is."""
+READ_BYTES = 4 << 20
 
 
 @torch.inference_mode()
@@ -50,6 +56,29 @@ def with_rates(
         elementwise_per_s=rows * hidden / mixed_s,
         bus_bytes_per_s=None if device.type == "cpu" else _bus(device),
     )
+
+
+def with_disk_rate(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInfo:
+    """`info` with the rate of the disk that holds `path`, where its weights do not all stay in RAM and so count."""
+    if info.ram_bytes is None or weight_bytes <= info.ram_bytes * CACHE_MARGIN or not hasattr(os, "posix_fadvise"):
+        return info
+    return replace(info, disk_bytes_per_s=_disk(path))
+
+
+def _disk(path: str) -> float | None:
+    """Reads from the middle of the file, after its pages there have been given back; None for an empty file."""
+    buffer = bytearray(READ_BYTES)
+    with Path(path).open("rb", buffering=0) as file:
+        start = os.fstat(file.fileno()).st_size // 2
+        os.posix_fadvise(file.fileno(), start, DISK_BYTES, os.POSIX_FADV_DONTNEED)
+        file.seek(start)
+        done, started_s = 0, time.perf_counter()
+        while done < DISK_BYTES and time.perf_counter() - started_s < DISK_S:
+            count = file.readinto(buffer)
+            if not count:
+                break
+            done += count
+        return done / (time.perf_counter() - started_s) if done else None
 
 
 def _attend(heads: torch.Tensor, fused: bool) -> torch.Tensor:

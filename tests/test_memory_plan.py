@@ -103,6 +103,18 @@ def test_seconds_are_those_of_the_slowest_way() -> None:
     assert plan(24, device=replace(CARD, flops_per_s=None)).step_s is None
 
 
+def test_the_disk_is_the_limit_where_the_file_does_not_stay_in_ram() -> None:
+    slow = replace(CARD, disk_bytes_per_s=2e8)
+    assert plan(2, device=replace(slow, ram_bytes=32 * GB)).limit == "compute"
+    short = plan(2, device=replace(slow, ram_bytes=8 * GB))
+    assert (short.limit, short.step_s) == ("disk", short.streamed_bytes / 2e8)
+    small = replace(CPU, free_bytes=6 * GB, disk_bytes_per_s=2e8)
+    short = plan(3, device=small)
+    assert (short.limit, short.step_s) == ("disk", short.streamed_bytes / 2e8)
+    assert 0 < short.streamed_bytes < sum(block.bytes for block in SCHNELL.blocks)
+    assert plan(3, device=replace(CPU, disk_bytes_per_s=2e8)).limit == "compute"
+
+
 def test_a_cpu_counts_anonymous_memory_and_caches_what_fits() -> None:
     got = plan(0.9, Work(((256, 256),), 64), CPU)
     assert got.streamed == () and got.slots == 0 and got.peak_bytes < 0.7 * GB

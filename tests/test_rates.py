@@ -1,0 +1,37 @@
+"""What is measured of the machine before a plan: that it is measured where it counts, and only there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fluxsplit.device import device_info
+from fluxsplit.rates import with_disk_rate, with_rates
+
+CPU = torch.device("cpu")
+
+
+def test_every_rate_of_a_cpu_is_measured() -> None:
+    info = with_rates(device_info(CPU), CPU, torch.float32, hidden=64, head=16, tokens=80)
+    rates = (
+        info.flops_per_s,
+        info.attention_flops_per_s,
+        info.expand_elements_per_s,
+        info.elementwise_per_s,
+    )
+    assert all(rate is not None and 0 < rate < 1e15 for rate in rates), rates
+    assert info.bus_bytes_per_s is None
+
+
+def test_the_disk_is_measured_only_where_weights_do_not_stay_in_ram(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(8 << 20))
+    info = device_info(CPU)
+    assert info.ram_bytes
+    assert with_disk_rate(info, str(path), 8 << 20) is info
+    short = with_disk_rate(replace(info, ram_bytes=4 << 20), str(path), 8 << 20)
+    assert short.disk_bytes_per_s is not None and 0 < short.disk_bytes_per_s < 1e12
+    path.write_bytes(b"")
+    assert with_disk_rate(replace(info, ram_bytes=0), str(path), 8 << 20).disk_bytes_per_s is None
