@@ -109,7 +109,7 @@ def test_the_disk_is_the_limit_where_the_file_does_not_stay_in_ram() -> None:
     short = plan(2, device=replace(slow, ram_bytes=8 * GB))
     assert (short.limit, short.step_s) == ("disk", short.streamed_bytes / 2e8)
     small = replace(CPU, free_bytes=6 * GB, disk_bytes_per_s=2e8)
-    short = plan(3, device=small)
+    short = plan(3, Work(((256, 256),), 64), small)
     assert (short.limit, short.step_s) == ("disk", short.streamed_bytes / 2e8)
     assert 0 < short.streamed_bytes < sum(block.bytes for block in SCHNELL.blocks)
     assert plan(3, device=replace(CPU, disk_bytes_per_s=2e8)).limit == "compute"
