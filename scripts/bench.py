@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 import bench_fp8
 from bench_watch import AnonymousPeak, Usage, drop_from_cache, usage
 from fluxsplit import checkpoint
+from fluxsplit.child_environment import child_environment
 from fluxsplit.device import device_name, pick_device
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.executor import StageProcess
@@ -75,7 +76,7 @@ def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Watch
     job, report = sample_job(args, cap_bytes, folder), folder / "report.json"
     command = [sys.executable, "-P", str(HERE / "bench_stage.py"), "sample", str(report), str(cap_bytes)]
     seen = Watched()
-    with StageProcess("sample", command, environment(args.threads)) as stage:
+    with StageProcess("sample", command, child_environment(environment(args.threads))) as stage:
         watch = AnonymousPeak(stage.pid)
         stage.submit(job)
         try:

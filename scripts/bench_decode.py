@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from PIL import Image, ImageDraw
 
 import synthetic_checkpoint
 from fluxsplit import checkpoint
+from fluxsplit.child_environment import child_environment
 from fluxsplit.decode_plan import DTYPE_BYTES, VaePlan, device_peak, plan_vae
 from fluxsplit.device import device_info
 from fluxsplit.memory import free_ram_bytes
@@ -144,7 +146,8 @@ def in_a_process(args: argparse.Namespace, size: str, dtype: str, case: str, cap
     words = [sys.executable, __file__, "--vae", str(args.vae), "--threads", str(args.threads), "--device", args.device]
     words += ["--keep", str(args.keep), "--sizes", size, "--dtypes", dtype, "--cases", case, "--alone"]
     words += ["--spill", args.spill, *(["--no-keep"] if args.no_keep else []), *(["--cap", str(cap)] if cap else [])]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    environment = None if case == "stock" else child_environment(os.environ)  # as the product starts its stages
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         return {"case": case, "size": size, "dtype": dtype, "failed": last[:300]}
