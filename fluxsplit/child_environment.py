@@ -15,16 +15,17 @@ from typing import Any
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 KEPT_BYTES = 1 << 31
 _DEFAULTS = {
-    # glibc gives large pieces back at once and faults them in anew for the next activation, which took 1 s of a step of
-    # 12.6 on a CPU: they are kept for the next. Others ignore these names.
-    "MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES),
-    "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES),
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MIOPEN_FIND_MODE": "2",  # the exhaustive search took 10 to 23 minutes at the first decode (unsloth#11636)
     "PYTHONUNBUFFERED": "1",
     "PYTHONUTF8": "1",
+}
+_OF_STAGE = {
+    # glibc gives large pieces back at once and faults them in anew for the next activation, which took 1 s of a step of
+    # 12.6 on a CPU. The VAE's strips are of many sizes: there the holes that stay would cost more than the faults do.
+    "sample": {"MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES), "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES)},
 }
 
 
@@ -40,9 +41,9 @@ def own_process_group() -> dict[str, Any]:
     return {"process_group": 0}
 
 
-def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES) -> dict[str, str]:
+def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES, *, stage: str = "") -> dict[str, str]:
     """`base` with what a stage needs set, where it is not set already."""
-    environment = _DEFAULTS | dict(base)
+    environment = _DEFAULTS | _OF_STAGE.get(stage, {}) | dict(base)
     if "HSA_OVERRIDE_GFX_VERSION" not in base and needs_gfx_override(gfx_versions(kfd_nodes)):
         environment["HSA_OVERRIDE_GFX_VERSION"] = "10.3.0"
     root = Path(__file__).absolute().parents[1]

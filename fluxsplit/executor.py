@@ -64,7 +64,7 @@ class StageProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=child_environment(os.environ) if environment is None else dict(environment),
+            env=child_environment(os.environ, stage=stage) if environment is None else dict(environment),
             **own_process_group(),
         )
         self._readers = [

@@ -76,7 +76,7 @@ def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Watch
     job, report = sample_job(args, cap_bytes, folder), folder / "report.json"
     command = [sys.executable, "-P", str(HERE / "bench_stage.py"), "sample", str(report), str(cap_bytes)]
     seen = Watched()
-    with StageProcess("sample", command, child_environment(environment(args.threads))) as stage:
+    with StageProcess("sample", command, child_environment(environment(args.threads), stage="sample")) as stage:
         watch = AnonymousPeak(stage.pid)
         stage.submit(job)
         try:

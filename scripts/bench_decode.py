@@ -146,7 +146,9 @@ def in_a_process(args: argparse.Namespace, size: str, dtype: str, case: str, cap
     words = [sys.executable, __file__, "--vae", str(args.vae), "--threads", str(args.threads), "--device", args.device]
     words += ["--keep", str(args.keep), "--sizes", size, "--dtypes", dtype, "--cases", case, "--alone"]
     words += ["--spill", args.spill, *(["--no-keep"] if args.no_keep else []), *(["--cap", str(cap)] if cap else [])]
-    environment = None if case == "stock" else child_environment(os.environ)  # as the product starts its stages
+    environment = (
+        None if case == "stock" else child_environment(os.environ, stage="decode")
+    )  # as the product starts its stages
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
