@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluxsplit import conditioning_cache
+from fluxsplit import conditioning_cache, places
 from fluxsplit.arguments import (
     MAX_IMAGES,
     check_choice,
@@ -37,6 +37,7 @@ from fluxsplit.retry import events_with_retry
 from fluxsplit.safetensor_header import read_header
 from fluxsplit.sample_plan import Plan
 from fluxsplit.step_times import timed
+from fluxsplit.taef1 import find_taef1, peek_beside
 
 DEFAULT_SIZE = "1024x1024"
 DEMO_SIZE = "512x512"
@@ -45,7 +46,9 @@ DEMO_SIZE = "512x512"
 def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and render, or show the plan; returns the exit code."""
     plan = plan_sample(given, defaults)
-    return only_planned(plan, given, progress) if given.get("dry_run") else run_sample(plan, progress)
+    if given.get("dry_run"):
+        return only_planned(plan, given, progress)
+    return run_sample_and_taef1(plan, progress) if plan.taef1 else run_sample(plan, progress)
 
 
 def only_planned(plan: Plan, given: dict[str, Any], progress: Progress) -> int:
@@ -70,6 +73,8 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
     files = resolve(wanted, need)
     notes += _found_notes(files, wanted)
     texts, kept = _texts_to_encode(images, values)
+    peek = bool(values.get("peek", False))
+    taef1 = find_taef1("auto", places.comfyui_root(wanted.comfyui)) if peek and not files.is_demo else ""
     return Plan(
         files=files,
         prompts=texts,
@@ -81,7 +86,8 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
         device=check_device(values.get("device", "auto")),
         notes=tuple(notes),
         vram=check_budget(str(values.get("vram", "auto"))),
-        peek=bool(values.get("peek", False)),
+        peek=peek and not taef1,
+        taef1=taef1,
         peek_steps=bool(values.get("peek_steps", False)),
         cache=bool(values.get("cache", True)),
     )
@@ -91,6 +97,19 @@ def wanted_files(values: dict[str, Any]) -> Wanted:
     """The files that flags and settings name."""
     names = ("model", "text_encoder", "clip", "vae", "tokenizers", "comfyui")
     return Wanted(**{name: values.get(name, "") for name in names})
+
+
+def run_sample_and_taef1(plan: Plan, progress: Progress) -> int:
+    """Sample, then have TAEF1 draw every latent that was written; returns the exit code."""
+    written: list[str] = []
+
+    def on_result(event: dict[str, Any]) -> None:
+        written.append(event["path"])
+        progress.show(event)
+
+    code = run_sample(plan, progress, on_result)
+    peek_beside(written, plan.taef1, plan.device, progress)
+    return code
 
 
 def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, Any]], None] | None = None) -> int:

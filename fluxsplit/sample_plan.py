@@ -26,6 +26,9 @@ class Plan:
     notes: tuple[str, ...]
     vram: str = "auto"
     peek: bool = False
+    """Whether the sample stage draws a linear peek beside each latent."""
+    taef1: str = ""
+    """The decoder that draws peeks instead, after sampling; empty where there is none or none is wanted."""
     peek_steps: bool = False
     cache: bool = True
     """Whether encoded prompts are taken from the cache and kept there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from array import array
@@ -20,17 +21,18 @@ from safetensors.torch import save_file
 from samples import make_recipe
 
 from fluxsplit import cli_peek
-from fluxsplit.cli_peek import find_taef1
 from fluxsplit.errors import FluxsplitError, ModelFileMissing
 from fluxsplit.events import Events
 from fluxsplit.jobs import PeekJob
 from fluxsplit.latents import read_latent, write_latent
 from fluxsplit.metadata import read_record
+from fluxsplit.models import DEMO_FOLDER
 from fluxsplit.peek import FLUX, PeekMap, demo_map, draw, map_for, write_peek
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import Recipe, WeightsStamp
 from fluxsplit.stage_peek import run, taef1
 from fluxsplit.state_dict import read_state_dict
+from fluxsplit.taef1 import find_taef1
 
 
 def payload(height: int, width: int, seed: int = 0) -> bytes:
@@ -229,3 +231,20 @@ def test_each_step_is_shown_of_the_first_picture(tmp_path: Path) -> None:
     with Image.open(tmp_path / "peek.png") as image:
         raw = LatentSpace(0.5, 0.1).to_vae(clean).contiguous().view(torch.uint8).numpy().tobytes()
         assert image.tobytes() == draw(raw, 4, 4, demo_map()).tobytes()
+
+
+def test_sample_peeks_with_taef1_where_it_is(tmp_path: Path, tiny: AutoencoderTiny) -> None:
+    folder = tmp_path / "ComfyUI" / "models" / "vae_approx"
+    folder.mkdir(parents=True)
+    save_file(as_bare_decoder(tiny), folder / "taef1_decoder.safetensors")
+    shutil.copy(DEMO_FOLDER / "flux-demo.safetensors", tmp_path / "flux.safetensors")
+    words = ["sample", "-p", "a red circle", "--seed", "7", "--size", "64x64", "--steps", "1", "--peek", "--no-cache"]
+    words += ["--model", "flux.safetensors", "--tokenizers", str(DEMO_FOLDER / "tokenizers"), "--comfyui", "ComfyUI"]
+    command = [sys.executable, "-m", "fluxsplit", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (latent,) = done.stdout.split()
+    peek = Path(latent).with_suffix(".peek.png")
+    assert read_record(peek).vae.name == "taef1_decoder.safetensors"
+    with Image.open(peek) as image:
+        assert image.size == (64, 64)
