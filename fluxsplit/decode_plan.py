@@ -28,8 +28,10 @@ CPU_STRIP_BYTES = 6 << 20
 """A strip in fp32: small enough for the last-level cache, large enough that its overhead does not count."""
 MAX_STRIP_BYTES = 256 << 20
 MIN_STRIP_BYTES = 1 << 20
-ALLOCATOR_BYTES = 23 << 20
-"""What the allocator and oneDNN keep between strips; measured by scripts/bench_decode.py."""
+CPU_KEPT_BYTES = {4: 3 << 20, 2: 10 << 20}
+"""What oneDNN and malloc hold besides, by the dtype's size; measured by `scripts/bench_decode.py --plan`."""
+CARD_KEPT_BYTES = 24 << 20
+"""The same of torch's allocator on a card; allowed, not measured."""
 
 CONTEXT_BYTES = 384 << 20
 """Of a graphics card: the driver's context, the convolution library's workspace, fragments. Allowed, not measured."""
@@ -254,14 +256,18 @@ def planes_peak(passes: Iterable[Pass], item_bytes: int) -> int:
     return max(planes_held(passes, item_bytes))
 
 
-def device_peak(passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str) -> int:
-    """Bytes on the device: what the most demanding pass works with, the picture, and the planes if they live there.
+def device_peak(passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str, *, on_cpu: bool) -> int:
+    """Bytes on the device: planes if they live there, the work of a strip, and the picture.
 
-    Allocators keep what was freed, so that the largest work counts beside the largest planes, whenever each was.
+    On a CPU what a pass has freed goes back to the system before the next one, so that each counts by itself. A card's
+    allocator keeps it: the largest work counts beside the largest planes, whenever each was.
     """
-    work = max(_work(one, strip_bytes, item_bytes) for one in passes)
+    held = planes_held(passes, item_bytes) if home == "device" else [0] * len(passes)
+    work = [_work(one, strip_bytes, item_bytes) for one in passes]
     picture = passes[-1].out_height * passes[-1].out_width * passes[-1].outputs  # in bytes of 8 bits
-    return (planes_peak(passes, item_bytes) if home == "device" else 0) + work + picture + ALLOCATOR_BYTES
+    if on_cpu:
+        return max(a + b for a, b in zip(held, work, strict=True)) + picture + CPU_KEPT_BYTES[item_bytes]
+    return max(held) + max(work) + picture + CARD_KEPT_BYTES
 
 
 def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
@@ -303,12 +309,12 @@ def plan_vae(
     left = budget_bytes - (0 if on_cpu else CONTEXT_BYTES)
     for home in homes[min(smaller, len(homes) - 1) :]:
         strip = _strip_bytes(budget_bytes, on_cpu, smaller)
-        while (peak := device_peak(passes, strip, item, home)) > left and strip > MIN_STRIP_BYTES:
+        while (peak := device_peak(passes, strip, item, home, on_cpu=on_cpu)) > left and strip > MIN_STRIP_BYTES:
             strip //= 2
         fits_ram = home != "ram" or ram_bytes is None or planes + peak <= ram_bytes
         if peak <= left and fits_ram:
             return VaePlan(dtype, home, strip, peak + budget_bytes - left, planes)
-    least = device_peak(passes, MIN_STRIP_BYTES, item, "disk") + budget_bytes - left
+    least = device_peak(passes, MIN_STRIP_BYTES, item, "disk", on_cpu=on_cpu) + budget_bytes - left
     size = f"{passes[-1].out_width}x{passes[-1].out_height}"
     raise OutOfMemory(
         f"the VAE needs {least / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "

@@ -8,10 +8,12 @@ never is.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -94,6 +96,22 @@ def _on_disk(count: int, folder: str) -> mmap.mmap:
         else:
             file.truncate(count)
         return mmap.mmap(file.fileno(), count)
+
+
+def give_back_freed() -> None:
+    """Let glibc hand what was freed to the system, as otherwise it keeps the holes of every pass; elsewhere nothing."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], object] | None:
+    try:
+        trim: Callable[[int], object] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return None
+    return trim
 
 
 def spill_folder(environment: dict[str, str] | os._Environ[str]) -> str:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, strip_rows
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.planes import Plane
+from fluxsplit.planes import Plane, give_back_freed
 
 EPSILON = 1e-6
 """Of every GroupNorm in the VAE (diffusers `vae.py`)."""
@@ -158,6 +158,7 @@ class Strips:
             for share in carry_out(one, target):
                 advance((done + share * one.operations) / total)
             target.finish()
+            give_back_freed()
             done += one.operations
         advance(1.0)
 

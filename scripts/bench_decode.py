@@ -45,10 +45,10 @@ from fluxsplit.weights import WeightFiles
 
 CASES = ("stock", "strips-ram", "strips-disk", "tiles-1024", "tiles-512")
 RAM_BUDGET_BYTES, DISK_BUDGET_BYTES = 64_000_000_000, 250_000_000
-PLAN_POINTS = [
-    (s, d, h) for s in ("256x256", "256x512") for d in ("fp32", "bf16") for h in ("strips-ram", "strips-disk")
+PLAN_POINTS = [("256x256", "fp32", "strips-ram"), ("256x256", "fp32", "strips-disk")]
+PLAN_POINTS += [
+    (s, d, c) for s in ("512x512", "1152x944") for d in ("fp32", "bf16") for c in ("strips-ram", "strips-disk")
 ]
-PLAN_POINTS += [("512x512", "fp32", "strips-ram"), ("512x512", "bf16", "strips-ram")]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,7 +90,7 @@ def planned(vae: Vae, latents: torch.Tensor, case: str, dtype: str, cap_bytes: i
     passes = vae.decoder_passes(latents.shape[2], latents.shape[3])
     plan = plan_vae(passes, dtype, budget, on_cpu=on_cpu, ram_bytes=None if on_cpu else free_ram_bytes())
     if case == "strips-disk":
-        peak = device_peak(passes, plan.strip_bytes, DTYPE_BYTES[dtype], "disk")
+        peak = device_peak(passes, plan.strip_bytes, DTYPE_BYTES[dtype], "disk", on_cpu=on_cpu)
         plan = replace(plan, home="disk", device_bytes=peak)
     return plan
 

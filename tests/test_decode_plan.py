@@ -104,4 +104,4 @@ def test_chunks_of_the_attention_are_bounded() -> None:
     for tokens in (1, 100, 16992, 262144):
         queries, keys = attention_tokens(tokens, 6 << 20)
         assert 1 <= queries <= tokens and 1 <= keys <= tokens and queries * keys <= 6 << 20
-    assert device_peak(passes_of_decoder(FLUX, 512, 512), 6 << 20, 4, "disk") < GB // 4
+    assert device_peak(passes_of_decoder(FLUX, 512, 512), 6 << 20, 4, "disk", on_cpu=True) < GB // 4
