@@ -171,7 +171,9 @@ def check_plans(args: argparse.Namespace) -> None:
     for size, dtype, case in PLAN_POINTS:
         result = in_a_process(args, size, dtype, case)
         if "plan_bytes" in result:
-            result["peak_over_plan"] = round(result["peak_anonymous_bytes"] / result["plan_bytes"], 3)
+            plan, peak, before = (result[f"{name}_bytes"] for name in ("plan", "peak_anonymous", "before"))
+            result["plan_over_peak"] = round(plan / peak, 3)
+            result["plan_over_peak_with_imports"] = round((plan + before) / (peak + before), 3)
         say(result)
 
 
