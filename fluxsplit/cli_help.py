@@ -5,9 +5,16 @@ typer's own pages draw the groups with rich, whose import alone takes as long as
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from typer.core import TyperCommand
+
+OF_THE_PICTURE = frozenset(
+    ("prompt", "negative", "seed", "steps", "guidance", "cfg", "sampler", "scheduler", "shift", "noise_index")
+)
+"""Options of `rerender` that a picture's recipe gives where they are not given."""
+_DEFAULT = re.compile(r"\s*\[[^\[\]]*\]$")
 
 
 class GroupedCommand(TyperCommand):
@@ -17,7 +24,7 @@ class GroupedCommand(TyperCommand):
         """Write the sections in the order in which their first option was declared."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            record = self.record(parameter, ctx)
             if record is not None:
                 title = "Arguments" if parameter.param_type_name == "argument" else "Options"
                 title = getattr(parameter, "rich_help_panel", None) or title
@@ -27,6 +34,11 @@ class GroupedCommand(TyperCommand):
             with formatter.section(title):
                 formatter.write_dl(records)
 
+    def record(self, parameter: Any, ctx: Any) -> tuple[str, str] | None:
+        """Flags and text of one option; None for one that is not shown."""
+        shown: tuple[str, str] | None = parameter.get_help_record(ctx)
+        return shown
+
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples, each on its own line."""
         if self.epilog:
@@ -35,7 +47,15 @@ class GroupedCommand(TyperCommand):
 
 
 class RerenderCommand(GroupedCommand):
-    """A command whose `--from-picks` may stand without a folder."""
+    """A command whose `--from-picks` may stand without a folder, and whose defaults are those of the picture."""
+
+    def record(self, parameter: Any, ctx: Any) -> tuple[str, str] | None:
+        """The usual default, in brackets, gives way to the picture's own where a recipe says it."""
+        shown = super().record(parameter, ctx)
+        if shown is None or parameter.name not in OF_THE_PICTURE:
+            return shown
+        flags, text = shown
+        return flags, f"{re.sub(_DEFAULT, '', text)} [the picture's]"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the usual folder behind a bare `--from-picks`."""
