@@ -33,7 +33,7 @@ Negative = Annotated[
 Size = Annotated[
     str | None,
     typer.Option(
-        metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [1024x1024; demo model 512x512]"
+        metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [1024x1024; demo model 256x256]"
     ),
 ]
 Seed = Annotated[

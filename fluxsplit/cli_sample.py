@@ -40,7 +40,8 @@ from fluxsplit.step_times import timed
 from fluxsplit.taef1 import find_taef1, peek_beside
 
 DEFAULT_SIZE = "1024x1024"
-DEMO_SIZE = "512x512"
+DEMO_SIZE = "256x256"
+"""Where it draws best; see docs/demo-model.md."""
 
 
 def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
