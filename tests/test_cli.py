@@ -96,7 +96,7 @@ def test_sample_with_the_demo_model(run: Run, home: Path) -> None:
     assert ran.out == [str(home / "latents" / "latent-7.pt")]
     assert "no model given: using the demo model" in ran.err
     (image,) = ran.images
-    assert (image["prompt"], image["seed"], image["width"], image["height"]) == ("a red circle", 7, 512, 512)
+    assert (image["prompt"], image["seed"], image["width"], image["height"]) == ("a red circle", 7, 256, 256)
     assert image["steps"] is image["guidance"] is image["shift"] is None
     assert ran.job("text")["prompts"] == ["a red circle"]
     assert ran.job("sample")["files"]["is_demo"] is True
