@@ -81,6 +81,7 @@ SHORT = tuple(
     or (way.keep == "composition" and way.strength in (0.8, 0.9))
 )
 """For the sizes that cost most."""
+MIDDLE = tuple(way for way in WAYS if way in SHORT or (way.keep in ("image", "composition") and way.strength == 0.95))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Leg:
 
 LEGS = (
     Leg((128, 128), (256, 256), 4, WAYS),
-    Leg((128, 128), (256, 256), 8, WAYS),
+    Leg((128, 128), (256, 256), 8, MIDDLE),
     Leg((256, 256), (512, 512), 4, SHORT),
     Leg((256, 256), (576, 472), 4, SHORT),
 )
