@@ -30,8 +30,10 @@ MAX_TOGETHER = 16
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PIECES, PIECE_BYTES = 4, 32 << 20
 """Pinned pieces of RAM that a card's blocks travel through."""
-CPU_BASE_BYTES = 330_000_000
-"""Anonymous memory of a stage before it has a weight: the interpreter, torch and diffusers."""
+CPU_BASE_BYTES = 415_000_000
+"""Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
+PACKED = {4: 1.2, 2: 1.4}
+"""Memory of the matrix that a CPU multiplies with, in matrices: products pack a part of it anew; fitted."""
 CARD_BASE_BYTES = 120_000_000
 """Of the allocator on a card: libraries' workspaces and rounding."""
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -44,7 +46,7 @@ FLUX_HEAD = 128
 CACHE_MARGIN = 0.95
 ELEMENTWISE = 8.0
 """Times through the mixture that `rates` measures, for each token and channel of a block; fitted."""
-_ACTIVATION = {4: 60.0, 2: 44.0}
+_ACTIVATION = {4: 92.0, 2: 44.0}
 """Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size."""
 
 
@@ -240,7 +242,7 @@ def _plan(
     chunk = _query_chunk(model, tokens[0], size, device)
     base = CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes
     base += model.small_elements * size
-    scratch = model.largest_elements * size * (2 if on_cpu else 1)  # a CPU's products pack a copy of the matrix
+    scratch = int(model.largest_elements * size * (PACKED[size] if on_cpu else 1))
     activation = _activation_bytes(model, tokens[0], size, chunk)
     state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
     held = base + scratch + activation + state
