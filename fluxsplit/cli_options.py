@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fluxsplit.defaults import FRESH_STRENGTH, KEEP, LOW_FREQUENCY_GUIDANCE, STRENGTH
+from fluxsplit.defaults import KEEP, LOW_FREQUENCY_GUIDANCE, STRENGTH
 
 FROM, KEEPING = "Source", "Keeping the composition"
 FILES, PICTURE, SAMPLER, MACHINE, OUTPUT = "Model files", "Picture", "Sampling", "Machine", "Output"
@@ -85,7 +85,7 @@ Strength = Annotated[
     typer.Option(
         metavar="X",
         rich_help_panel=KEEPING,
-        help=f"Noise level, 0..1, from which the picture is drawn again. [{STRENGTH:g}; keep image {FRESH_STRENGTH:g}]",
+        help=f"Noise level, 0..1, from which the picture is drawn again. [{STRENGTH:g}]",
     ),
 ]
 Fit = Annotated[

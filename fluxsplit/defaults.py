@@ -48,8 +48,6 @@ def resolution_shift(width: int, height: int) -> float:
 
 KEEP = "composition"
 """What a rerender at another size keeps of its picture; measured in docs/rerender.md."""
-STRENGTH = 0.9
+STRENGTH = 0.8
 """Sigma from which it is drawn again."""
-FRESH_STRENGTH = 0.8
-"""The same where the picture's noise is not known, so that nothing of it can be kept."""
 LOW_FREQUENCY_GUIDANCE = 0.0

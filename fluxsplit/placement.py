@@ -59,7 +59,7 @@ def work_of(job: SampleJob) -> Work:
     names = {image.conditioning for image in job.images} | {image.negative_conditioning for image in job.images}
     return Work(
         sizes=tuple((image.width, image.height) for image in job.images),
-        text_tokens=max(map(text_tokens, names)),
+        text_tokens=max(map(text_tokens, names - {""}), default=text_tokens("")),
         forwards=2 if any(image.cfg != 1 for image in job.images) else 1,
     )
 

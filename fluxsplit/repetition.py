@@ -162,18 +162,17 @@ def keeping_of(found: FoundRecipe, given: Mapping[str, Any], size: tuple[int, in
     grids = () if keep == "image" else (*noise[:-1], replace(noise[-1], fit=fit))
     if keep == "noise":
         return Keeping(keep, grids, fit=fit)
-    strength = _strength(keep, noise, given)
+    strength = _strength(given)
     return Keeping(keep, grids, strength, fit, weight)
 
 
-def _strength(keep: str, noise: tuple[NoiseGrid, ...], given: Mapping[str, Any]) -> float:
+def _strength(given: Mapping[str, Any]) -> float:
     if given.get("sigmas"):
         first = parse_sigmas(given["sigmas"])[0]
         if given.get("strength") not in (None, first):
             raise UsageError(f"--sigmas begin at {first:g}, which is their strength", "drop --strength")
         return first
-    usual = defaults.STRENGTH if keep == "composition" else defaults.FRESH_STRENGTH
-    strength = float(given.get("strength", usual))
+    strength = float(given.get("strength", defaults.STRENGTH))
     check_range("strength", strength, MIN_STRENGTH, 1)
     return strength
 

@@ -4,6 +4,7 @@
     nice python scripts/eval_rerender.py --work WORK --part 0/2 &    # two processes share the pairs; run both
     nice python scripts/eval_rerender.py --work WORK --part 1/2
     python scripts/eval_rerender.py --work WORK --report             # only the table, from what is there
+    python scripts/eval_rerender.py --work WORK --report --sheet docs/images/rerender.png
 
 Everything that is measured is appended to WORK at once, so a run that was stopped goes on where it was. Columns:
 `overlap` of the foreground of the shrunk result with the preview's (intersection over union), `SSIM` with the
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from demo_check import test_prompts
@@ -276,7 +277,7 @@ def measured(
             "sharp": edge_slope(result) / plain_slope if plain_slope else math.nan,
         }
     if keep_pictures is not None:
-        strip(pictures, keep_pictures / f"{leg.title.replace(' ', '-').replace(',', '')}-{number:03d}.png")
+        strip(pictures, keep_pictures / f"{strip_name(leg)}-{number:03d}.png")
 
 
 def strip(pictures: list[Pixels], path: Path) -> None:
@@ -289,6 +290,25 @@ def strip(pictures: list[Pixels], path: Path) -> None:
         sheet.paste(Image.fromarray(tile), (x, 0))
         x += tile.shape[1] + 4
     sheet.save(path)
+
+
+def sheet(work: Path, leg: Leg, path: Path) -> None:
+    """The strips of a leg one above the other, each column under its way's name."""
+    strips = [Image.open(file) for file in sorted(work.glob(f"{strip_name(leg)}-*.png"))]
+    names = ["preview", *(way.name.replace("`", "") for way in leg.ways)]
+    height, step = 40, strips[0].width // len(names)
+    whole = Image.new("RGB", (strips[0].width, height + 132 * len(strips)), (255, 255, 255))
+    for number, name in enumerate(names):
+        words = name.replace(" (bicubic)", "").replace(", strength", "").replace(": the same seed, as ComfyUI does", "")
+        ImageDraw.Draw(whole).text((number * step + 2, 4), "\n".join(words.rsplit(", ", 1)), fill=(0, 0, 0))
+    for row, picture in enumerate(strips):
+        whole.paste(picture, (0, height + 132 * row))
+    whole.save(path)
+
+
+def strip_name(leg: Leg) -> str:
+    """How the files of a leg's strips begin."""
+    return leg.title.replace(" ", "-").replace(",", "")
 
 
 def lines(work: Path, sha256: str) -> list[dict[str, Any]]:
@@ -371,6 +391,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="I/N: every N-th pair from I on")
     parser.add_argument("--pictures", type=int, default=6, help="pairs of which a strip of pictures is kept in WORK")
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--sheet", type=Path, help="draw the kept pictures of 256x256 to 512x512 here")
     parser.add_argument("--no-page", action="store_true", help="print the table, leave docs/rerender.md as it is")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -378,6 +399,8 @@ def main() -> None:
     sha256 = file_sha256(args.model or demo_files().transformer)
     if not args.report:
         run(Model(args.model, args.tokenizers), args)
+    if args.sheet:
+        sheet(args.work, LEGS[2], args.sheet)
     table = summary(lines(args.work, sha256), args.pairs)
     print(markdown(table))
     if not args.no_page:

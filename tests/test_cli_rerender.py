@@ -80,11 +80,11 @@ def test_another_size_keeps_the_composition(run: Run, home: Path) -> None:
     source = preview(home / "previews")
     ran = run("rerender", source, "--size", "136x96")
     start = ran.images[0]["start"]
-    assert (start["keep"], start["strength"], start["fit"]) == ("composition", 0.9, "stretch")
+    assert (start["keep"], start["strength"], start["fit"]) == ("composition", 0.8, "stretch")
     assert start["noise"] == [{"seed": 7, "width": 64, "height": 48, "noise_index": 3, "fit": "stretch"}]
     assert ran.images[0]["start_latent"] == str(home / "previews" / "latents" / "0007.pt")
     assert ran.images[0]["recorded_sigmas"] == [] and ran.job("sample")["dtype"] == "auto"
-    assert "keep composition at strength 0.9" in ran.err
+    assert "keep composition at strength 0.8" in ran.err
 
 
 @pytest.mark.parametrize(
