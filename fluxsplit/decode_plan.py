@@ -223,6 +223,12 @@ def attention_tokens(tokens: int, strip_bytes: int) -> tuple[int, int]:
     return queries, min(tokens, max(64, scores // queries))
 
 
+def keys_together(width: int, channels: int, item_bytes: int, strip_bytes: int) -> int:
+    """Keys of one product: those of a block; of 16 bits as many as make a strip when they are widened to fp32."""
+    block = block_rows(width * channels * item_bytes) * width
+    return block if item_bytes == 4 else min(block, max(64, strip_bytes // (4 * channels)))
+
+
 def block_rows(row_bytes: int) -> int:
     """Rows in a block of a plane."""
     return max(1, ceil(BLOCK_BYTES / row_bytes))
@@ -274,7 +280,10 @@ def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
     if one.kind == "attention":
         tokens = one.height * one.width
         queries, keys = attention_tokens(tokens, strip_bytes)
-        return 4 * (queries * keys * 2 + 4 * queries * one.inputs + 4 * one.inputs**2)
+        queries, keys = (min(tokens, max(n, one.width)) for n in (queries, keys))  # whole rows
+        keys = min(keys, keys_together(one.width, one.inputs, item_bytes, strip_bytes))
+        widened = 2 * keys * one.inputs if item_bytes == 2 else 0
+        return 4 * (2 * queries * keys + 4 * queries * one.inputs + 4 * one.inputs**2 + widened)
     rows = strip_rows(one, strip_bytes)
     window_rows = {"up": rows + 2, "down": 2 * rows + 1}.get(one.kind, rows + 2)
     out_rows = 2 * rows if one.kind == "up" else rows

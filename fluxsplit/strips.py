@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, strip_rows
+from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, keys_together, strip_rows
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.planes import Plane, give_back_freed
 
@@ -266,16 +266,19 @@ class Strips:
         highest = query.new_full((len(query), 1), -torch.inf)
         total = torch.zeros_like(highest)
         gathered = torch.zeros_like(query)
+        together = keys_together(keys.width, keys.channels, keys.dtype.itemsize, self._plan.strip_bytes)
         for start in range(0, keys.height, rows):
             stop = min(start + rows, keys.height)
             for (_, key), (_, value) in zip(keys.pieces(start, stop), values.pieces(start, stop), strict=True):
-                scores = query @ key.to(self._device).reshape(-1, keys.channels).float().T  # [n, keys]
-                higher = torch.maximum(highest, scores.amax(1, keepdim=True))
-                shares = scores.sub_(higher).exp_()
-                fade = (highest - higher).exp_()
-                total.mul_(fade).add_(shares.sum(1, keepdim=True))
-                gathered.mul_(fade).addmm_(shares, value.to(self._device).reshape(-1, keys.channels).float())
-                highest = higher
+                flat = (piece.to(self._device).reshape(-1, keys.channels) for piece in (key, value))
+                for some_keys, some_values in zip(*(piece.split(together) for piece in flat), strict=True):
+                    scores = query @ some_keys.float().T  # [n, keys]
+                    higher = torch.maximum(highest, scores.amax(1, keepdim=True))
+                    shares = scores.sub_(higher).exp_()
+                    fade = (highest - higher).exp_()
+                    total.mul_(fade).add_(shares.sum(1, keepdim=True))
+                    gathered.mul_(fade).addmm_(shares, some_values.float())
+                    highest = higher
         return gathered.div_(total)
 
     def _kernel(self, layer: str) -> torch.Tensor:
