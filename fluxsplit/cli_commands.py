@@ -96,6 +96,14 @@ MODEL_FILES: Options = {
     "tokenizers": Tokenizers,
     "comfyui": ComfyUI,
 }
+VAE_STAGE: Options = {
+    "vae": Vae,
+    "model": Model,
+    "comfyui": ComfyUI,
+    "vae_dtype": VaeDtype,
+    "device": Device,
+    "vram": Vram,
+}
 UPSCALING_BY: Options = {"upscale": Upscale, "upscale_to": UpscaleTo, "fetch": Fetch}
 RESULTS: Options = {"json": Json, "quiet": Quiet}
 
@@ -225,12 +233,7 @@ COMMANDS: tuple[Command, ...] = (
         description="Decode latent files to PNGs that carry their recipe; their paths are printed on stdout.",
         options={
             "latents": Latents,
-            "vae": Vae,
-            "model": Model,
-            "comfyui": ComfyUI,
-            "vae_dtype": VaeDtype,
-            "device": Device,
-            "vram": Vram,
+            **VAE_STAGE,
             "tile": DecodeTile,
             "out": PicturesOut,
             "overwrite": Overwrite,
@@ -253,12 +256,7 @@ COMMANDS: tuple[Command, ...] = (
         options={
             "pictures": Pictures,
             "size": EncodeSize,
-            "vae": Vae,
-            "model": Model,
-            "comfyui": ComfyUI,
-            "vae_dtype": VaeDtype,
-            "device": Device,
-            "vram": Vram,
+            **VAE_STAGE,
             "out": LatentsOut,
             "format": LatentFormat,
             **RESULTS,

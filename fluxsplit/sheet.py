@@ -13,13 +13,14 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxsplit import durable
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.found import read_found
+from fluxsplit.found import FoundRecipe, read_found
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,14 +66,16 @@ def _entry(file: Path) -> Entry | None:
     from PIL import Image  # noqa: PLC0415  60 ms, and only previews draw sheets
 
     try:
-        found = read_found(file)  # it says nothing of a picture without a recipe, which is shown all the same
         with Image.open(file, formats=("PNG",)) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 return None
             small = picture.convert("RGB")
-    except (FluxsplitError, OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError):
         return None
+    found = FoundRecipe()
+    with suppress(FluxsplitError):  # a picture whose recipe is damaged is shown all the same
+        found = read_found(file)
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     return Entry(file.name, found.prompt or "", found.seed, width, height, small)
 

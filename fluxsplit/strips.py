@@ -266,20 +266,26 @@ class Strips:
         highest = query.new_full((len(query), 1), -torch.inf)
         total = torch.zeros_like(highest)
         gathered = torch.zeros_like(query)
-        together = keys_together(keys.width, keys.channels, keys.dtype.itemsize, self._plan.strip_bytes)
         for start in range(0, keys.height, rows):
-            stop = min(start + rows, keys.height)
-            for (_, key), (_, value) in zip(keys.pieces(start, stop), values.pieces(start, stop), strict=True):
-                flat = (piece.to(self._device).reshape(-1, keys.channels) for piece in (key, value))
-                for some_keys, some_values in zip(*(piece.split(together) for piece in flat), strict=True):
-                    scores = query @ some_keys.float().T  # [n, keys]
-                    higher = torch.maximum(highest, scores.amax(1, keepdim=True))
-                    shares = scores.sub_(higher).exp_()
-                    fade = (highest - higher).exp_()
-                    total.mul_(fade).add_(shares.sum(1, keepdim=True))
-                    gathered.mul_(fade).addmm_(shares, some_values.float())
-                    highest = higher
+            for some_keys, some_values in self._widened(keys, values, start, min(start + rows, keys.height)):
+                scores = query @ some_keys.T  # [n, keys]
+                higher = torch.maximum(highest, scores.amax(1, keepdim=True))
+                shares = scores.sub_(higher).exp_()
+                fade = (highest - higher).exp_()
+                total.mul_(fade).add_(shares.sum(1, keepdim=True))
+                gathered.mul_(fade).addmm_(shares, some_values)
+                highest = higher
         return gathered.div_(total)
+
+    def _widened(
+        self, keys: Plane, values: Plane, start: int, stop: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of rows start..stop in fp32, each [n, C], of 16 bits no more at once than make a strip."""
+        together = keys_together(keys.width, keys.channels, keys.dtype.itemsize, self._plan.strip_bytes)
+        for (_, key), (_, value) in zip(keys.pieces(start, stop), values.pieces(start, stop), strict=True):
+            flat = (piece.to(self._device).reshape(-1, keys.channels) for piece in (key, value))
+            for some_keys, some_values in zip(*(piece.split(together) for piece in flat), strict=True):
+                yield some_keys.float(), some_values.float()
 
     def _kernel(self, layer: str) -> torch.Tensor:
         weight = self._layer(f"{layer}.weight")

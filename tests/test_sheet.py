@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from foreign_files import png
 from PIL import Image
 from test_start import PLAIN, SHA, STAMP
 
@@ -53,6 +54,12 @@ def test_a_prompt_is_text_and_nothing_else(tmp_path: Path) -> None:
 
 def test_without_pictures_there_is_no_sheet(tmp_path: Path) -> None:
     assert write_sheets(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_a_picture_with_a_damaged_recipe_is_shown(tmp_path: Path) -> None:
+    png(tmp_path / "0001.png", {"fluxsplit": "{"})
+    sheet = write_sheets(tmp_path)
+    assert sheet is not None and "0001.png" in sheet.read_text("utf-8")
 
 
 def test_a_picture_without_a_recipe_is_shown(tmp_path: Path) -> None:
