@@ -67,6 +67,11 @@ def pick_vae_dtype_name(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
 
 
+def exact_fp32() -> None:
+    """Have convolutions in fp32 computed in fp32: cuDNN rounds their operands to the 10 bits of TF32 otherwise."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def device_info(device: torch.device) -> DeviceInfo:
     """What a plan has to know of a device, without measuring anything: kind, name, memory, and what is unified."""
     if device.type == "cpu":

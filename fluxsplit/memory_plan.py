@@ -28,8 +28,10 @@ from fluxsplit.safetensor_header import read_header
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PIECES, PIECE_BYTES = 4, 32 << 20
+PIECES, PIECE_BYTES = 8, 16 << 20
 """Pinned pieces of RAM that a card's blocks travel through."""
+READERS = 4
+"""Threads that copy the file's bytes into those pieces."""
 CPU_BASE_BYTES = 415_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}

@@ -15,6 +15,7 @@ from fluxsplit.memory import budget_bytes
 from fluxsplit.memory_plan import (
     PIECE_BYTES,
     PIECES,
+    READERS,
     MemoryPlan,
     Work,
     plan_memory,
@@ -23,7 +24,7 @@ from fluxsplit.memory_plan import (
     text_tokens,
     tokens_of,
 )
-from fluxsplit.rates import with_disk_rate, with_rates
+from fluxsplit.rates import with_file_rates, with_rates
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux
@@ -43,7 +44,7 @@ def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtyp
     if weight_bytes >= WORTH_MEASURING_BYTES:
         tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
         info = with_rates(info, device, dtype, model.hidden, model.head, tokens)
-        info = with_disk_rate(info, part.path, weight_bytes)
+        info = with_file_rates(info, part.path, weight_bytes)
     return plan_memory(model, work, info, budget_bytes(job.vram, info), DTYPE_NAMES[dtype])
 
 
@@ -82,6 +83,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> S
         slots=plan.slots,
         pieces=PIECES,
         piece_bytes=PIECE_BYTES,
+        readers=READERS,
         ahead=plan.slots > 1,
         on_read=told.read,
     )

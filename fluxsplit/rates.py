@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,15 @@ import torch.nn.functional as F
 from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import CACHE_MARGIN
+from fluxsplit.memory_plan import CACHE_MARGIN, READERS
 
 MEASURE_S, RUNS = 0.05, 3
 """For each rate: at least so long, and so often, since one run alone is at the mercy of whoever else is computing."""
-MAX_TOKENS = 512
+MAX_TOKENS, MAX_CARD_TOKENS = 512, 4096
+"""A card is not busy with few."""
 BUS_BYTES = 32 << 20
+FEED_BYTES = 16 << 20
+"""Read by each thread, to learn how fast they copy out of the page cache."""
 QUERY_CHUNK = 512
 DISK_BYTES, DISK_S = 64 << 20, 0.3
 """At most so much is read, and for no longer, to learn how fast a disk is."""
@@ -36,18 +40,25 @@ def with_rates(
     info: DeviceInfo, device: torch.device, dtype: torch.dtype, hidden: int, head: int, tokens: int
 ) -> DeviceInfo:
     """`info` with the rates of products of `hidden` channels, of attention, expansion, elementwise work and the bus."""
-    rows = max(64, min(tokens, MAX_TOKENS))
-    x = torch.zeros(rows, hidden, dtype=dtype, device=device)
-    matrix = torch.zeros(3 * hidden, hidden, dtype=dtype, device=device)
-    bias = torch.zeros(3 * hidden, dtype=dtype, device=device)
+    found = _with_rates(info, device, dtype, hidden, head, tokens)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of a small card's memory nothing may be kept for this
+    return found
+
+
+def _with_rates(
+    info: DeviceInfo, device: torch.device, dtype: torch.dtype, hidden: int, head: int, tokens: int
+) -> DeviceInfo:
+    rows = max(64, min(tokens, MAX_TOKENS if device.type == "cpu" else MAX_CARD_TOKENS))
+    x, matrix, bias = (_values(shape, dtype, device) for shape in ((rows, hidden), (3 * hidden, hidden), (3 * hidden,)))
     products_s = _seconds(lambda: F.linear(x, matrix, bias), device)
-    codes = torch.zeros(hidden, 3 * hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    expand_s = _seconds(lambda: fp8.expand_into(codes, matrix.view(codes.shape)), device)
     head = min(head, hidden)
     heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head)
     attention_s = _seconds(lambda: _attend(heads, info.fused_attention), device)
-    wide = torch.zeros(rows, hidden, dtype=torch.float32, device=device)
+    wide = _values((rows, hidden), torch.float32, device)
     mixed_s = _seconds(lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x, device)
+    codes = torch.zeros(hidden, 3 * hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    expand_s = _seconds(lambda: fp8.expand_into(codes, matrix.view(codes.shape)), device)
     return replace(
         info,
         flops_per_s=2 * rows * hidden * 3 * hidden / products_s,
@@ -58,8 +69,35 @@ def with_rates(
     )
 
 
-def with_disk_rate(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInfo:
-    """`info` with the rate of the disk that holds `path`, where its weights do not all stay in RAM and so count."""
+def feed_bytes_per_s(path: str, readers: int = READERS) -> float:
+    """Bytes a second that threads copy out of the page cache, from the middle of a file; infinite if nobody knows."""
+    if not hasattr(os, "preadv"):
+        return math.inf
+    buffers = [bytearray(FEED_BYTES) for _ in range(readers)]
+    with Path(path).open("rb", buffering=0) as file, ThreadPoolExecutor(readers) as threads:
+        size_bytes = os.fstat(file.fileno()).st_size
+        starts = [max(0, size_bytes // 2 + (n - readers // 2) * FEED_BYTES) for n in range(readers)]
+
+        def read() -> int:
+            return sum(threads.map(os.preadv, [file.fileno()] * readers, [[one] for one in buffers], starts))
+
+        read()  # from the disk, where it was not in the cache
+        best_s = math.inf
+        for _ in range(RUNS):
+            started_s = time.perf_counter()
+            done = read()
+            best_s = min(best_s, time.perf_counter() - started_s)
+    return done / max(best_s, 1e-9)
+
+
+def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInfo:
+    """`info` with how fast the weights in `path` come.
+
+    The bus is no faster than those who feed it copy out of the page cache. The disk counts where the weights do not all
+    stay in RAM.
+    """
+    if info.bus_bytes_per_s is not None:
+        info = replace(info, bus_bytes_per_s=min(info.bus_bytes_per_s, feed_bytes_per_s(path)))
     if info.ram_bytes is None or weight_bytes <= info.ram_bytes * CACHE_MARGIN or not hasattr(os, "posix_fadvise"):
         return info
     return replace(info, disk_bytes_per_s=_disk(path))
@@ -79,6 +117,12 @@ def _disk(path: str) -> float | None:
                 break
             done += count
         return done / (time.perf_counter() - started_s) if done else None
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random ones: a card that multiplies zeros draws less power, and is quicker."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=device).mul_(0.05).to(dtype)
 
 
 def _attend(heads: torch.Tensor, fused: bool) -> torch.Tensor:

@@ -1,27 +1,31 @@
 """Brings each block's stored bytes to the device just before it is computed, from the user's own file.
 
 A card cannot compute from the page cache, and not all blocks fit on it. Those that do stay there; the rest take
-turns in two slots of device memory, each as large as the largest of them. A reader thread fills them in the order in
-which the blocks are computed, one slot ahead: it reads a piece of the file into one of a few pinned pieces of RAM,
-starts its copy on a stream of its own, and goes on to the next piece while it travels. Neither a second file nor the
-model in RAM is made on the way, and float8 crosses the bus as float8.
+turns in two slots of device memory, each as large as the largest of them. They are filled in the order in which the
+blocks are computed, one slot ahead, by a few threads: each reads a piece of the file into a pinned piece of RAM,
+starts its copy on the slot's stream, and goes on to the next piece while that one travels. Neither a second file nor
+the model in RAM is made on the way, and float8 crosses the bus as float8.
 
-    reader thread   disk → pinned piece ─┬─ copy stream ──→ slot   ┄ event `filled` ┄→  compute stream
-                                         └ event `copied`: the piece is free             expands, multiplies
-                    waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
+    reader threads  disk → pinned piece ─┬─ slot's stream ──→ slot ┄┄┄ compute waits for it ┄┄┄→  compute stream
+                                         └ event `copied`: the piece is free                     expands, multiplies
+              slot's stream waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
 
-So there is an event both ways: compute waits on the device for `filled`, the copy stream for `used` before it writes
-into the slot again. (diffusers' group offloading has neither, which is a race: diffusers#13502.) On a CPU the slots
-are plain memory, there are no streams, and a queue each way does the ordering. Without a thread the same reads and
-copies happen when a block is asked for; the bits are the same.
+So each waits for the other on the device: compute for all that the slot's stream was given, and that stream for `used`
+before it writes into the slot again. (diffusers' group offloading has neither, which is a race: diffusers#13502.) Every
+slot has a stream of its own, so that the pieces of one do not wait for the other slot to be used. The threads take
+pieces in order, so that a slot's last ones are on their way before the next slot's first. On a CPU the slots are plain
+memory and there are no streams. Without threads the same reads and copies happen when a block is asked for; the bits
+are the same.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +33,7 @@ import torch
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.weights import Span, StoredLinear, WeightFile, WeightFiles
+from fluxsplit.weights import Span, StoredLinear, WeightFiles
 
 ALIGN_BYTES = 256
 POLL_S = 0.5
@@ -82,53 +86,97 @@ def attach(layout: Layout, memory: torch.Tensor) -> None:
 class Copier:
     """Reads bytes of weight files into memory of the device, in pieces; on a CPU straight into it."""
 
-    def __init__(
-        self, files: WeightFiles, device: torch.device, piece_bytes: int, pieces: int, on_read: OnRead
-    ) -> None:
-        self._files, self._on_read = files, on_read
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, files: WeightFiles, device: torch.device, piece_bytes: int, pieces: int, readers: int) -> None:
+        """With no `readers` whoever fills does the reading."""
+        self._files, self._piece_bytes = files, piece_bytes
+        self._begun: list[threading.Thread] = []
+        self._threads = ThreadPoolExecutor(readers, "weights reader", self._note_thread) if readers else None
         self._pieces: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
-        if self.stream is not None:
+        if device.type == "cuda":
             for _ in range(pieces):
                 self._pieces.put((_pinned(piece_bytes), None))
 
-    def fill(self, memory: torch.Tensor, layout: Layout) -> None:
-        """Bring a block's bytes into `memory`; on a card the copies may still be under way on `stream`."""
+    def fill(self, memory: torch.Tensor, layout: Layout, stream: torch.cuda.Stream | None) -> list[Future[None]]:
+        """Begin to bring a block's bytes into `memory`: what is to be waited for until `stream` has all its copies."""
+        parts = []
         for place in layout.places:
-            self._files.open(place.span.path).will_need(place.span.start, place.span.stop)
-        for place in layout.places:
-            span = place.span
-            file, target = self._files.open(span.path), memory[place.offset : place.offset + span.bytes]
-            if self.stream is None:
-                file.read_into(_buffer(target), span.start)
-            else:
-                self._through_pieces(file, span.start, target)
-            self._on_read(span.bytes)
+            for done in range(0, place.span.bytes, self._piece_bytes):
+                count = min(self._piece_bytes, place.span.bytes - done)
+                target = memory[place.offset + done : place.offset + done + count]
+                parts.append(self._begin(place.span.path, place.span.start + done, target, stream))
+        return parts
 
-    def _through_pieces(self, file: WeightFile, start: int, target: torch.Tensor) -> None:
-        assert self.stream is not None
-        done = 0
-        while done < target.numel():
-            piece, copied = self._pieces.get()
+    def wait(self, parts: list[Future[None]]) -> None:
+        """Until all that `fill` began is read; raises what a reader met, ends the others then."""
+        for part in parts:
+            if (failure := self._failure(part)) is not None:
+                self.close()
+                raise failure
+
+    def _failure(self, part: Future[None]) -> BaseException | None:
+        failure: BaseException | None = None
+        while True:
+            try:
+                failure = part.exception(POLL_S)
+                break
+            except CancelledError as error:
+                failure = error
+                break
+            except TimeoutError:  # a thread that is killed between two parts takes the next one with it
+                if not all(thread.is_alive() for thread in self._begun):
+                    return FluxsplitError("a thread that reads the weights ended", "run it again with --debug")
+        if failure is None or isinstance(failure, FluxsplitError | MemoryError | RuntimeError):
+            return failure
+        return FluxsplitError(
+            f"a thread that reads the weights was ended by {type(failure).__name__} {failure}".rstrip(),
+            "run it again with --debug",
+        )
+
+    def close(self) -> None:
+        """End the threads; what they have not begun is not done."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _note_thread(self) -> None:
+        self._begun.append(threading.current_thread())
+
+    def _begin(self, path: str, start: int, target: torch.Tensor, stream: torch.cuda.Stream | None) -> Future[None]:
+        if self._threads is not None:
+            return self._threads.submit(self._read, path, start, target, stream)
+        done: Future[None] = Future()
+        try:
+            self._read(path, start, target, stream)
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def _read(self, path: str, start: int, target: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
+        file = self._files.open(path)
+        file.will_need(start, start + target.numel())
+        if stream is None:
+            file.read_into(_buffer(target), start)
+            return
+        piece, copied = self._pieces.get()
+        try:
             if copied is not None:
                 copied.synchronize()  # until its last copy has left it
-            count = min(piece.numel(), target.numel() - done)
-            file.read_into(_buffer(piece[:count]), start + done)
-            with torch.cuda.stream(self.stream):
-                target[done : done + count].copy_(piece[:count], non_blocking=True)
+            here = piece[: target.numel()]
+            file.read_into(_buffer(here), start)
+            with torch.cuda.stream(stream):
+                target.copy_(here, non_blocking=True)
                 copied = torch.cuda.Event()
-                copied.record(self.stream)
+                copied.record(stream)
+        finally:
             self._pieces.put((piece, copied))
-            done += count
 
 
 @dataclass(slots=True)
 class _Slot:
     memory: torch.Tensor
+    stream: torch.cuda.Stream | None
     number: int = -1
-    filled: torch.cuda.Event | None = None
-    used: torch.cuda.Event | None = None
-    failure: BaseException | None = field(default=None)
+    parts: list[Future[None]] = field(default_factory=list)
 
 
 class Streaming:
@@ -142,29 +190,27 @@ class Streaming:
         *,
         resident: frozenset[int] = frozenset(),
         slots: int = 2,
-        pieces: int = 4,
-        piece_bytes: int = 32 << 20,
+        pieces: int = 8,
+        piece_bytes: int = 16 << 20,
+        readers: int = 4,
         ahead: bool = True,
         on_read: OnRead = lambda count: None,
     ) -> None:
-        """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does."""
-        self._files, self._device = files, device
+        """Allocate everything and load what stays. With `ahead` threads read; without, the caller does."""
+        self._files, self._device, self._on_read = files, device, on_read
         self._layouts = [layout(block, as_mapped=device.type == "cpu") for block in blocks]
-        self._order = [number for number in range(len(blocks)) if number not in resident]
-        self._copier = Copier(files, device, piece_bytes, pieces, on_read)
-        for number in sorted(resident):
-            self._load(self._layouts[number])
-        largest = max((self._layouts[number].bytes for number in self._order), default=0)
-        # Ordered by the events from the first use on; what the allocator hands out may still be in use before that.
-        self._slots = [_Slot(_aligned(largest, device)) for _ in range(slots)]
-        if self._copier.stream is not None:
-            self._copier.stream.wait_stream(torch.cuda.current_stream(device))
+        self._streamed = frozenset(range(len(blocks))) - resident
+        self._order = itertools.cycle(sorted(self._streamed))
+        self._copier = Copier(files, device, piece_bytes, pieces, readers if ahead else 0)
+        self._load([self._layouts[number] for number in sorted(resident)])
+        largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
+        self._slots = [_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0)]
         self._ahead = ahead
-        self._thread: threading.Thread | None = None
-        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for slot in self._slots:
-            self._free.put(slot)
+            if ahead:
+                self._fill(slot)
+            self._coming.put(slot)
 
     @contextlib.contextmanager
     def brought_in(self, number: int) -> Iterator[None]:
@@ -172,81 +218,58 @@ class Streaming:
 
         Raises FluxsplitError where its bytes cannot be read, or where the file is not the one that was opened.
         """
-        if number not in self._order:
+        if number not in self._streamed:
             yield
             return
-        slot = self._next(number)
-        if slot.filled is not None:
-            torch.cuda.current_stream(self._device).wait_event(slot.filled)
+        slot = self._coming.get()
+        if not self._ahead:
+            self._fill(slot)
+        if slot.number != number:
+            raise FluxsplitError(f"block {number} was asked for when block {slot.number} was next", "this is a bug")
+        self._wait(slot.parts, self._layouts[number], slot.stream)
         attach(self._layouts[number], slot.memory)
         try:
             yield
         finally:
-            if slot.filled is not None:
-                slot.used = torch.cuda.Event()
-                slot.used.record(torch.cuda.current_stream(self._device))
-            self._free.put(slot)
+            if self._ahead:
+                self._fill(slot)
+            self._coming.put(slot)
 
     def close(self) -> None:
-        """End the reader thread; blocks cannot be brought in afterwards."""
-        if self._thread is not None:
-            self._free.put(None)
-            self._thread.join(timeout=30)
+        """End the reader threads; blocks cannot be brought in afterwards."""
+        self._copier.close()
 
-    def _next(self, number: int) -> _Slot:
-        if not self._ahead:
-            slot = self._free.get_nowait()
-            assert slot is not None
-            self._fill(slot, number)
-            return slot
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._read, name="weights reader", daemon=True)
-            self._thread.start()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                slot = self._ready.get(timeout=POLL_S)
-                break
-            if not self._thread.is_alive() and self._ready.empty():
-                raise FluxsplitError("the thread that reads the weights ended", "run it again with --debug")
-        if slot.failure is not None:
-            raise _as_error(slot.failure)
-        if slot.number != number:
-            raise FluxsplitError(f"block {number} was asked for when block {slot.number} was next", "this is a bug")
-        return slot
+    def _fill(self, slot: _Slot) -> None:
+        """Begin to bring in whichever block is next, after all that was computed from the slot so far."""
+        if slot.stream is not None:
+            used = torch.cuda.Event()
+            used.record(torch.cuda.current_stream(self._device))
+            slot.stream.wait_event(used)
+        slot.number = next(self._order)
+        slot.parts = self._copier.fill(slot.memory, self._layouts[slot.number], slot.stream)
 
-    def _read(self) -> None:
-        """The reader thread: fills free slots in order, for ever."""
-        slot: _Slot | None = None
-        try:
-            while True:
-                for number in self._order:
-                    slot = self._free.get()
-                    if slot is None:
-                        return
-                    self._fill(slot, number)
-                    self._ready.put(slot)
-        except BaseException as error:  # whatever it was, the computation must not wait for ever nor go on
-            self._ready.put(_Slot(torch.empty(0), failure=error))
-
-    def _fill(self, slot: _Slot, number: int) -> None:
-        stream = self._copier.stream
-        if stream is not None and slot.used is not None:
-            stream.wait_event(slot.used)
-        slot.number = number
-        self._copier.fill(slot.memory, self._layouts[number])
+    def _wait(self, parts: list[Future[None]], layout: Layout, stream: torch.cuda.Stream | None) -> None:
+        """Until all parts are read; what is computed from now on waits on the device for their copies."""
+        self._copier.wait(parts)
         self._files.check_unchanged()
         if stream is not None:
-            slot.filled = torch.cuda.Event()
-            slot.filled.record(stream)
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._on_read(sum(place.span.bytes for place in layout.places))
 
-    def _load(self, layout: Layout) -> None:
-        memory = _aligned(layout.bytes, self._device)
-        if self._copier.stream is not None:
-            self._copier.stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._copier.fill(memory, layout)
-        if self._copier.stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._copier.stream)
-        attach(layout, memory)
+    def _load(self, layouts: list[Layout]) -> None:
+        """Load what stays, all of it under way at once."""
+        begun, stream = [], self._stream()
+        for one in layouts:
+            memory = _aligned(one.bytes, self._device)
+            if stream is not None:  # what the allocator hands out may still be in use
+                stream.wait_stream(torch.cuda.current_stream(self._device))
+            begun.append((one, memory, self._copier.fill(memory, one, stream)))
+        for one, memory, parts in begun:
+            self._wait(parts, one, stream)
+            attach(one, memory)
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
 
 def _aligned(count: int, device: torch.device) -> torch.Tensor:
@@ -268,13 +291,3 @@ def _pinned(count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:
         return torch.empty(count, dtype=torch.uint8)
-
-
-def _as_error(failure: BaseException) -> BaseException:
-    """What the reader met, as the computation is to raise it."""
-    if isinstance(failure, FluxsplitError | MemoryError | RuntimeError):
-        return failure
-    return FluxsplitError(
-        f"the thread that reads the weights was ended by {type(failure).__name__} {failure}".rstrip(),
-        "run it again with --debug",
-    )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fluxsplit.device import DTYPE_NAMES
+from fluxsplit.device import DTYPE_NAMES, exact_fp32
 from fluxsplit.errors import FluxsplitError, OutOfMemory, UsageError
 from fluxsplit.state_dict import StateDict, read_state_dict
 from fluxsplit.tiles import OVERLAP_PX, Span, cut, smaller_tile
@@ -70,6 +70,7 @@ class Upscaler:
 
     def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device) -> None:
         """Read and build; raises FluxsplitError where the file holds no network that enlarges single pictures."""
+        exact_fp32()
         self.name = Path(path).name
         self._network = _build(self.name, read_state_dict(path))
         self.scale: int = self._network.scale

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fluxsplit import fp8
 from fluxsplit.checkpoint import Part
 from fluxsplit.decode_plan import Pass, VaePlan, VaeShape, parameter_shapes, passes_of_decoder, passes_of_encoder
-from fluxsplit.device import DTYPES
+from fluxsplit.device import DTYPES, exact_fp32
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.planes import Plane
 from fluxsplit.strips import NotFinite, Sink, Strips
@@ -145,6 +145,7 @@ class Vae:
 
 def load_vae(part: Part, files: WeightFiles, device: torch.device) -> Vae:
     """The VAE in `part`; raises FluxsplitError where its parameters are not those of a 16-channel AutoencoderKL."""
+    exact_fp32()
     shape = _shape(part)
     wanted = parameter_shapes((*passes_of_decoder(shape, 8, 8), *passes_of_encoder(shape, 64, 64)))
     channels = shape.latent_channels

@@ -106,7 +106,10 @@ class WeightFile:
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the kernel to read these bytes ahead; does nothing where it cannot be asked."""
-        self._advise("MADV_WILLNEED", start, stop)
+        if hasattr(os, "posix_fadvise"):  # lets other threads run
+            os.posix_fadvise(self._handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+        else:
+            self._advise("MADV_WILLNEED", start, stop)
 
     def map_pages(self, start: int, stop: int) -> None:
         """Read these bytes and map their pages (Linux 5.14); does nothing where the kernel cannot. Lets others run."""

@@ -5,7 +5,7 @@
     python scripts/bench_decode.py --plan                             # ten points of plan against peak
     python scripts/bench_decode.py --sizes 256x256 --dtypes fp32 --cases stock strips-ram tiles-192 tiles-128
     python scripts/bench_decode.py --sizes 256x256 --cases strips-ram tiles-192 tiles-128 --maps errors.png
-    python scripts/bench_decode.py --caps 1,2,4                       # on a graphics card, GB
+    python scripts/bench_decode.py --caps 1,2,4 --sizes 1152x944 2048x2048 4096x4096     # on a graphics card, GB
 
 The VAE has the real sizes and random weights, whose spread of 1 / sqrt(inputs) keeps every activation in range; made
 by synthetic_checkpoint.py where `--vae` is not there. Peaks are of RssAnon, sampled every 5 ms, above what the process
@@ -37,6 +37,7 @@ from fluxsplit import checkpoint
 from fluxsplit.child_environment import child_environment
 from fluxsplit.decode_plan import DTYPE_BYTES, VaePlan, device_peak, plan_vae
 from fluxsplit.device import device_info
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory import free_ram_bytes
 from fluxsplit.planes import spill_folder
 from fluxsplit.tiled_vae import TiledVae
@@ -109,6 +110,7 @@ def measured(device: torch.device, result: dict[str, Any]) -> Iterator[None]:
     result["before_bytes"] = peak.base_bytes
     if device.type == "cuda":
         result["peak_device_bytes"] = torch.cuda.max_memory_reserved(device)
+        result["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
 
 
 def run_case(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,6 +161,40 @@ def in_a_process(args: argparse.Namespace, size: str, dtype: str, case: str, cap
         error = torch.load(args.keep / f"{case}-{size}-{dtype}.pt") - torch.load(whole)
         result |= {"max_error": float(error.abs().max()), "mean_error": float(error.abs().mean())}
     return result
+
+
+def on_a_card(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every size: diffusers' decode without a cap, then strips under each; in this process, as importing takes longer.
+
+    Errors are those against diffusers' in fp32, on the card as well.
+    """
+    cases = [(0.0, "stock"), *((cap, "strips-ram") for cap in map(float, args.caps.split(",")))]
+    for size in args.sizes:
+        whole = None
+        for cap, case in cases:
+            for dtype in args.dtypes:
+                one = argparse.Namespace(
+                    **{**vars(args), "sizes": [size], "dtypes": [dtype], "cases": [case], "cap": cap}
+                )
+                result, picture = on_a_card_once(one)
+                whole = picture if case == "stock" and dtype == "fp32" else whole
+                if picture is not None and whole is not None:
+                    error = (picture - whole).abs()
+                    result |= {"max_error": float(error.max()), "mean_error": float(error.mean())}
+                yield result
+
+
+def on_a_card_once(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """One case and its picture; none where it failed."""
+    torch.cuda.empty_cache()
+    try:
+        result = run_case(args)
+    except (RuntimeError, FluxsplitError) as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        return {"case": args.cases[0], "size": args.sizes[0], "dtype": args.dtypes[0], "failed": first}, None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return result, torch.load(args.keep / f"{args.cases[0]}-{args.sizes[0]}-{args.dtypes[0]}.pt")
 
 
 def say(result: dict[str, Any]) -> None:
@@ -226,9 +262,8 @@ def main() -> None:
         draw_maps(args)
     elif args.caps:
         args.device = "cuda:0" if args.device == "cpu" else args.device
-        for cap in map(float, args.caps.split(",")):
-            for size in ("1152x944", "2048x2048", "4096x4096"):
-                say(in_a_process(args, size, args.dtypes[-1], "strips-ram", cap))
+        for result in on_a_card(args):
+            say(result)
     else:
         for size in args.sizes:
             for dtype in args.dtypes:

@@ -20,6 +20,7 @@ from bench_watch import drop_from_cache, read_s
 from fluxsplit import checkpoint
 from fluxsplit.checkpoint import Part
 from fluxsplit.device import DTYPE_NAMES, pick_device, pick_dtype
+from fluxsplit.rates import feed_bytes_per_s
 
 TIMES = 3
 TRANSFER_BYTES = 1 << 28
@@ -71,10 +72,8 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.randn(shape, dtype=torch.float32).mul_(0.05).to(dtype).to(device)
 
 
-def bus_bytes_per_s(device: torch.device) -> float | None:
-    """From pinned memory to the card; None for a CPU, which has no bus to cross."""
-    if device.type == "cpu":
-        return None
+def bus_bytes_per_s(device: torch.device) -> float:
+    """From pinned memory to the card."""
     pinned = torch.empty(TRANSFER_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(TRANSFER_BYTES, dtype=torch.uint8, device=device)
     return TRANSFER_BYTES / best_s(lambda: there.copy_(pinned, non_blocking=True), device)
@@ -89,19 +88,31 @@ def measure(
     parameters = checkpoint.describe(path).parts["transformer"].parameters
     dtype = pick_dtype(dtype_name, device, parameters)
     image_tokens = (size[0] // 16) * (size[1] // 16)
-    file_bytes = path.stat().st_size
-    drop_from_cache(path)
-    cold_s, warm_s = read_s(path), read_s(path)
-    return {
+    found: dict[str, object] = {
         "dtype": DTYPE_NAMES[dtype],
         "image_tokens": image_tokens,
         "text_tokens": text_tokens,
         "weight_bytes": checkpoint.describe(path).parts["transformer"].bytes,
-        "compute_s": round(compute_s(part, image_tokens, text_tokens, dtype, device), 3),
-        "disk_bytes_per_s": round(file_bytes / cold_s),
-        "page_cache_bytes_per_s": round(file_bytes / warm_s),
-        "bus_bytes_per_s": (rate := bus_bytes_per_s(device)) and round(rate),
+        "compute_s": round(compute_s(part, image_tokens, text_tokens, dtype, device), 4),
     }
+    return found | (disk_rates(path) if device.type == "cpu" else card_rates(path, device))
+
+
+def disk_rates(path: Path) -> dict[str, object]:
+    """Bytes a second of one thread, from the disk and then from the page cache."""
+    drop_from_cache(path)
+    file_bytes = path.stat().st_size
+    return {
+        "disk_bytes_per_s": round(file_bytes / read_s(path)),
+        "page_cache_bytes_per_s": round(file_bytes / read_s(path)),
+    }
+
+
+def card_rates(path: Path, device: torch.device) -> dict[str, object]:
+    """Bytes a second from pinned memory to the card, and out of the page cache by so many threads at once."""
+    read_s(path)
+    fed = {str(readers): round(feed_bytes_per_s(str(path), readers)) for readers in (1, 2, 4, 8)}
+    return {"bus_bytes_per_s": round(bus_bytes_per_s(device)), "page_cache_bytes_per_s_by_readers": fed}
 
 
 def main() -> None:

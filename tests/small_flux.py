@@ -57,7 +57,13 @@ def image(conditioning: str, seed: int = 1, size: tuple[int, int] = (48, 32), **
 
 
 def sample(
-    path: Path, images: list[ImageJob], out: Path, dtype: str = "fp32", plan: dict[str, Any] | None = None, **job: Any
+    path: Path,
+    images: list[ImageJob],
+    out: Path,
+    dtype: str = "fp32",
+    plan: dict[str, Any] | None = None,
+    device: str = "cpu",
+    **job: Any,
 ) -> tuple[list[torch.Tensor], Recorder]:
     """Latents [1, 16, h, w] in the order in which they were written, and what the stage said.
 
@@ -72,7 +78,7 @@ def sample(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_sample, "plan_job", planned)
-        stage_sample.run(SampleJob(tuple(images), files, str(out), "safetensors", dtype, "cpu", **job), recorder)
+        stage_sample.run(SampleJob(tuple(images), files, str(out), "safetensors", dtype, device, **job), recorder)
     return [load_file(result["path"])["latents"] for result in recorder.of("result")], recorder
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from fluxsplit.device import device_info
-from fluxsplit.rates import with_disk_rate, with_rates
+from fluxsplit.rates import feed_bytes_per_s, with_file_rates, with_rates
 
 CPU = torch.device("cpu")
 
@@ -30,8 +32,19 @@ def test_the_disk_is_measured_only_where_weights_do_not_stay_in_ram(tmp_path: Pa
     path.write_bytes(bytes(8 << 20))
     info = device_info(CPU)
     assert info.ram_bytes
-    assert with_disk_rate(info, str(path), 8 << 20) is info
-    short = with_disk_rate(replace(info, ram_bytes=4 << 20), str(path), 8 << 20)
+    assert with_file_rates(info, str(path), 8 << 20) is info
+    short = with_file_rates(replace(info, ram_bytes=4 << 20), str(path), 8 << 20)
     assert short.disk_bytes_per_s is not None and 0 < short.disk_bytes_per_s < 1e12
     path.write_bytes(b"")
-    assert with_disk_rate(replace(info, ram_bytes=0), str(path), 8 << 20).disk_bytes_per_s is None
+    assert with_file_rates(replace(info, ram_bytes=0), str(path), 8 << 20).disk_bytes_per_s is None
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="no positioned reads here")
+@pytest.mark.parametrize("size_bytes", [0, 100, 8 << 20])
+def test_a_bus_is_no_faster_than_it_is_fed(tmp_path: Path, size_bytes: int) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(size_bytes))
+    assert 0 <= feed_bytes_per_s(str(path)) < 1e12
+    info = replace(device_info(CPU), bus_bytes_per_s=1e15)
+    fed = with_file_rates(info, str(path), size_bytes)
+    assert fed.bus_bytes_per_s is not None and fed.bus_bytes_per_s < 1e12

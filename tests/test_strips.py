@@ -215,3 +215,22 @@ def test_the_decoder_needs_no_diffusers() -> None:
 def test_the_shape_is_read_off_the_weights(random_vae: Vae) -> None:
     assert random_vae.shape == VaeShape((32, 32, 64, 64), 1, 32, True, 16)
     assert loaded(demo_files().vae).shape == VaeShape((16, 24, 48, 64), 1, 8, False, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", ["device", "ram", "disk"])
+@pytest.mark.parametrize("strip_bytes", STRIPS)
+@torch.inference_mode()
+def test_on_a_card_strips_are_the_picture_of_the_cpu(
+    random_vae: Vae, home: str, strip_bytes: int, tmp_path: Path
+) -> None:
+    card = load_vae(random_vae.part, random_vae.files, torch.device("cuda", 0))
+    latents = torch.randn(1, 16, 19, 23, generator=torch.Generator().manual_seed(0))
+    whole = decoded(random_vae, latents, plan(STRIPS[-1]))
+    for dtype, tolerance in (("fp32", 1e-4), ("bf16", 0.1)):
+        got = decoded(card, latents, plan(strip_bytes, home, dtype), tmp_path).cpu()
+        assert float((got - whole).abs().max()) <= tolerance, dtype
+    pixels = torch.randint(0, 256, (72, 88, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    encoded = card.encode(pixels, plan(strip_bytes, home), folder=str(tmp_path))
+    wanted = random_vae.encode(pixels, plan(STRIPS[-1]))
+    assert float((encoded - wanted).abs().max()) <= 1e-4 * max(1, float(wanted.abs().max()))
