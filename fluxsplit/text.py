@@ -25,7 +25,10 @@ from fluxsplit.lean_import import without
 from fluxsplit.loading import EveryBlockThere, Loader
 from fluxsplit.weights import WeightFiles, fill
 
-with without("accelerate", "scipy", "torchvision", "peft", "PIL"):
+try:
+    with without("accelerate", "scipy", "sklearn", "torchvision", "peft", "PIL"):
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+except ImportError:  # something that it found cannot be without one of these
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 T5_MIN_TOKENS = 256
