@@ -1,13 +1,16 @@
-"""Attention that never holds the whole score matrix, for cards on which torch has no fused kernel for it.
+"""Attention of Flux's blocks: on no card a score matrix, and positions turned in a third of the memory traffic.
 
 torch's scaled_dot_product_attention is the quickest where it is fused (flash, memory-efficient). On RDNA2 it is not:
 there it forms the scores of all queries with all keys, for 24 heads of 4760 tokens 1.1 GB in fp16, several times over
-and in fp32. But a row of scores needs nothing of the other rows. So here the queries go through in chunks: a product
+and in fp32. But a row of scores needs nothing of the other rows. So there the queries go through in chunks: a product
 with all keys, a softmax, a product with the values, all of them kernels that every card has and is quick at. The
 scores of one chunk and their softmax are all that exists at a time; how many rows a chunk has is the plan's to say.
 
 In fp16 the queries are scaled before the product, so that scores stay where fp16 is fine. bf16 has too few digits for
 scores: they are formed in fp32 there. The softmax accumulates in fp32 in either case.
+
+Rotary position embedding turns pairs of neighbouring channels: a product of complex numbers. Written so it is three
+passes over the heads where sums of products are eight, which on a card is felt, and the same to the last bits.
 """
 
 from __future__ import annotations
@@ -68,10 +71,11 @@ def has_fused_attention(device: torch.device, dtype: torch.dtype, head: int) -> 
     return bool(error <= _PROBE_ERROR[dtype])
 
 
-class ChunkedAttention:
-    """Attention of a Flux block, single or double, for diffusers' FluxAttention: queries in chunks."""
+class BlockAttention:
+    """Attention of a Flux block, single or double, for diffusers' FluxAttention."""
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int | None) -> None:
+        """`chunk` queries at a time; None leaves it to torch."""
         self.chunk = chunk
 
     def __call__(
@@ -80,56 +84,69 @@ class ChunkedAttention:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states [B, N, C], encoder_hidden_states [B, T, C] or None → the same shapes. Takes no mask."""
+        """hidden_states [B, N, C], encoder_hidden_states [B, T, C] or None → the same shapes. Takes no mask.
+
+        image_rotary_emb is what `rotations` gives for all T + N tokens, the text's first.
+        """
         if attention_mask is not None:
             raise ValueError("Flux's attention has no mask")
-        image = _heads(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
-        if encoder_hidden_states is None:
-            query, key, value = image
-        else:
-            names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            text = _heads(attn, encoder_hidden_states, *names)
-            query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
-            del text
-        del image
-        if image_rotary_emb is not None:
-            query, key = _rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb)
-        mixed = attend_in_chunks(query, key, value, self.chunk).flatten(2)
-        if encoder_hidden_states is None:
+        text, tokens = encoder_hidden_states, 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        query = self._gathered(attn, hidden_states, text, ("to_q", "add_q_proj"), ("norm_q", "norm_added_q"))
+        query = _rotate(query, image_rotary_emb)
+        key = self._gathered(attn, hidden_states, text, ("to_k", "add_k_proj"), ("norm_k", "norm_added_k"))
+        key = _rotate(key, image_rotary_emb)
+        value = self._gathered(attn, hidden_states, text, ("to_v", "add_v_proj"), ("", ""))
+        mixed = self._attend(query, key, value).flatten(2)
+        if text is None:
             return mixed
-        tokens = encoder_hidden_states.shape[1]
+        del query, key, value
         image_out: torch.Tensor = attn.to_out[0](mixed[:, tokens:].contiguous())
         return image_out, attn.to_add_out(mixed[:, :tokens].contiguous())
 
+    def _gathered(
+        self,
+        attn: Any,
+        image: torch.Tensor,
+        text: torch.Tensor | None,
+        projections: tuple[str, str],
+        norms: tuple[str, str],
+    ) -> torch.Tensor:
+        """Heads [B, T + N, H, D] of both streams, projected and, where a norm is named, normalised."""
+        parts: list[torch.Tensor] = []
+        for states, projection, norm in zip((image, text), projections, norms, strict=True):
+            if states is not None:
+                heads: torch.Tensor = getattr(attn, projection)(states).unflatten(-1, (-1, attn.head_dim))
+                parts.insert(0, getattr(attn, norm)(heads) if norm else heads)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.chunk is not None:
+            return attend_in_chunks(query, key, value, self.chunk)
+        mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return mixed.transpose(1, 2)
+
 
 def use_attention(module: nn.Module, chunk: int | None) -> None:
-    """Have every FluxAttention inside `module` compute `chunk` queries at a time; None leaves it to torch."""
-    if chunk is None:
-        return
+    """Have every FluxAttention inside `module` compute `chunk` queries at a time; None leaves that to torch."""
     for child in module.modules():
         set_processor: Any = getattr(child, "set_processor", None)
         if set_processor is not None and hasattr(child, "norm_q"):
-            set_processor(ChunkedAttention(chunk))
+            set_processor(BlockAttention(chunk))
 
 
-def _heads(
-    attn: Any, states: torch.Tensor, projections: tuple[str, ...], norms: tuple[str, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value [B, L, H, D] of one stream, the first two normalised."""
-    query, key, value = (getattr(attn, name)(states).unflatten(-1, (-1, attn.head_dim)) for name in projections)
-    return getattr(attn, norms[0])(query), getattr(attn, norms[1])(key), value
+def rotations(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines [L, D], each twice in a row as diffusers' FluxPosEmbed gives them → complex64 [L, D/2]."""
+    return torch.complex(cosines[:, 0::2].float(), sines[:, 0::2].float())
 
 
-def _rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotate(x: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
     """Rotary position embedding of pairs of neighbouring channels (Su et al., arXiv 2104.09864), in fp32.
 
-    x [B, L, H, D]; cosines and sines [L, D], each value twice.
+    x [B, L, H, D] is not needed afterwards; turns complex [L, D/2].
     """
-    cosine, sine = (part[None, :, None, :] for part in rope)
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    out = torch.empty_like(x)
-    out[..., 0::2] = even * cosine[..., 0::2] - odd * sine[..., 0::2]
-    out[..., 1::2] = odd * cosine[..., 1::2] + even * sine[..., 1::2]
-    return out
+    if turns is None:
+        return x
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(turns[None, :, None, :])).flatten(-2).to(x.dtype)

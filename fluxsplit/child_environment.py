@@ -14,6 +14,7 @@ from typing import Any
 
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 KEPT_BYTES, MAPPED_BYTES = 1 << 31, 1 << 26
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -45,6 +46,10 @@ def own_process_group() -> dict[str, Any]:
 def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES, *, stage: str = "") -> dict[str, str]:
     """`base` with what a stage needs set, where it is not set already."""
     environment = _DEFAULTS | _OF_STAGE.get(stage, {}) | dict(base)
+    if sys.platform == "linux" and not kfd_nodes.is_dir() and not any(name in base for name in _ALLOCATOR_SETTINGS):
+        # Segments that grow: else what was freed in one size is of no use for another, 0.7 GB of a 13 GB plan. Not
+        # where there may be an AMD card: older ROCm warns of it and does without.
+        environment[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     if "HSA_OVERRIDE_GFX_VERSION" not in base and needs_gfx_override(gfx_versions(kfd_nodes)):
         environment["HSA_OVERRIDE_GFX_VERSION"] = "10.3.0"
     root = Path(__file__).absolute().parents[1]

@@ -299,7 +299,7 @@ def _activation_bytes(model: Model, tokens: int, size: int, chunk: int | None) -
 
 def _state_bytes(model: Model, tokens: int, size: int) -> int:
     """Image and text states in the compute dtype, and the fp32 cosines and sines of their positions."""
-    return tokens * (model.hidden * size + 2 * 4 * model.head)
+    return tokens * (model.hidden * size + 4 * model.head)
 
 
 def _query_chunk(model: Model, tokens: int, size: int, device: DeviceInfo) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import os
 import tempfile
@@ -21,21 +22,52 @@ import torch
 from fluxsplit.decode_plan import block_rows
 from fluxsplit.errors import FluxsplitError
 
+POOL_STEP_BYTES = 1 << 20
+"""Blocks of a pool are multiples of it, so that those of planes of other widths fit."""
+
+
+class Pool:
+    """Blocks of RAM that one plane gave back, for the next: on fresh pages a card would wait longer than on the bus."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def take(self, count: int) -> torch.Tensor:
+        """At least `count` bytes, with whatever is in them: of what is free the smallest that will do."""
+        fitting = [raw for raw in self._free if raw.numel() >= count]
+        if not fitting:
+            return _mapped((-(-count // POOL_STEP_BYTES) * POOL_STEP_BYTES,), torch.uint8, None)
+        best = min(fitting, key=torch.Tensor.numel)
+        self._free = [raw for raw in self._free if raw is not best]
+        return best
+
+    def give(self, raw: torch.Tensor) -> None:
+        """Back for the next to take."""
+        self._free.append(raw)
+
 
 class Plane:
     """An activation [height, width, channels]; rows are written once or added to, in order."""
 
     def __init__(
-        self, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, home: str, folder: str = ""
+        self,
+        size: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        home: str,
+        folder: str = "",
+        pool: Pool | None = None,
     ) -> None:
-        """`home` is one of `decode_plan.HOMES`; `folder` is where its files are made for `disk`."""
+        """`home` is one of `decode_plan.HOMES`; `folder` is for the files of `disk`, `pool` gives the RAM of `ram`."""
         self.height, self.width, self.channels = size
         self.dtype = dtype
         self._device = device if home == "device" else torch.device("cpu")
         self._folder = folder if home == "disk" else None
+        self._pool = pool if home == "ram" else None
         row_bytes = self.width * self.channels * dtype.itemsize
         self._block_rows = min(self.height, block_rows(row_bytes))
         self._blocks: dict[int, torch.Tensor] = {}
+        self._raw: dict[int, torch.Tensor] = {}
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Rows start..stop as views [n, width, channels], each with its first row's number, in order."""
@@ -49,10 +81,12 @@ class Plane:
         """Give back the blocks that lie wholly before a row."""
         for number in [n for n in self._blocks if (n + 1) * self._block_rows <= before]:
             del self._blocks[number]
+            if self._pool is not None:
+                self._pool.give(self._raw.pop(number))
 
     def close(self) -> None:
         """Give everything back."""
-        self._blocks.clear()
+        self.release(self.height + self._block_rows)
 
     def _block(self, number: int) -> torch.Tensor:
         if number not in self._blocks:
@@ -60,6 +94,10 @@ class Plane:
             size = (rows, self.width, self.channels)
             if self._device.type != "cpu":
                 self._blocks[number] = torch.empty(size, dtype=self.dtype, device=self._device)
+            elif self._pool is not None:
+                count = math.prod(size) * self.dtype.itemsize
+                self._raw[number] = self._pool.take(count)
+                self._blocks[number] = self._raw[number][:count].view(self.dtype).view(size)
             else:
                 self._blocks[number] = _mapped(size, self.dtype, self._folder)
         return self._blocks[number]

@@ -165,7 +165,7 @@ class Copier:
             file.read_into(_buffer(here), start)
             with torch.cuda.stream(stream):
                 target.copy_(here, non_blocking=True)
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
                 copied.record(stream)
         finally:
             self._pieces.put((piece, copied))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, keys_together, strip_rows
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.planes import Plane, give_back_freed
+from fluxsplit.planes import Plane, Pool, give_back_freed
 
 EPSILON = 1e-6
 """Of every GroupNorm in the VAE (diffusers `vae.py`)."""
@@ -142,6 +142,7 @@ class Strips:
         """`layer` gives a parameter by name, in the dtype and on the device; `folder` is for planes on disk."""
         self._plan, self._dtype, self._device, self._groups = plan, dtype, device, groups
         self._layer, self._folder = layer, folder
+        self._pool = Pool()
         self.planes: dict[str, Plane] = {}
         self._moments: dict[str, Moments] = {}
 
@@ -164,7 +165,8 @@ class Strips:
 
     def plane(self, height: int, width: int, channels: int) -> Plane:
         """A new plane where the plan wants it."""
-        return Plane((height, width, channels), self._dtype, self._device, self._plan.home, self._folder)
+        size = (height, width, channels)
+        return Plane(size, self._dtype, self._device, self._plan.home, self._folder, self._pool)
 
     def moments(self, channels: int) -> Moments:
         """New statistics."""

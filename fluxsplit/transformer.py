@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fluxsplit.attention import rotations, use_attention
 from fluxsplit.checkpoint import Part, variant_of
 from fluxsplit.conditioning import Conditioning
 from fluxsplit.diffusers_models import FluxTransformer2DModel
@@ -48,7 +49,7 @@ class _Stream:
     image: torch.Tensor  # [1, N, D]
     text: torch.Tensor  # [1, T, D]
     temb: torch.Tensor  # [1, D]
-    rope: tuple[torch.Tensor, torch.Tensor]  # each [T + N, head]
+    rope: torch.Tensor  # complex64 [T + N, head / 2]
     grid: tuple[int, int]  # rows and columns of tokens
     latent_size: tuple[int, int]  # height and width before padding
 
@@ -74,6 +75,7 @@ class Flux:
         with torch.device("meta"):
             self.module = FluxTransformer2DModel(**_dimensions(part))
         fill(self.module, part, files, dtype, device)
+        use_attention(self.module, None)
         self.blocks = (*self.module.transformer_blocks, *self.module.single_transformer_blocks)
         self.loader: Loader = EveryBlockThere()
 
@@ -114,7 +116,7 @@ class Flux:
         text = module.context_embedder(forward.conditioning.t5.to(self.device, self.dtype))
         temb = self._embed_time(forward.sigma, forward.guidance, forward.conditioning.pooled)
         rows, columns = padded.shape[-2] // PATCH, padded.shape[-1] // PATCH
-        rope = module.pos_embed(self._ids(text.shape[1], rows, columns))
+        rope = rotations(*module.pos_embed(self._ids(text.shape[1], rows, columns)))
         return _Stream(image, text, temb, rope, (rows, columns), (height, width))
 
     def _end(self, stream: _Stream) -> torch.Tensor:

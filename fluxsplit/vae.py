@@ -17,7 +17,6 @@ from fluxsplit.checkpoint import Part
 from fluxsplit.decode_plan import Pass, VaePlan, VaeShape, parameter_shapes, passes_of_decoder, passes_of_encoder
 from fluxsplit.device import DTYPES, exact_fp32
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.planes import Plane
 from fluxsplit.strips import NotFinite, Sink, Strips
 from fluxsplit.weights import WeightFiles
 
@@ -131,7 +130,7 @@ class Vae:
             return self.parameter(name, dtype)
 
         strips = Strips(plan, dtype, self.device, self.shape.groups, layer, folder)
-        plane = Plane((rows.shape[0], rows.shape[1], rows.shape[2]), dtype, self.device, plan.home, folder)
+        plane = strips.plane(*rows.shape)
         for start, piece in plane.pieces(0, len(rows)):
             part = rows[start : start + len(piece)]
             piece.copy_(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxsplit import attention, placement
-from fluxsplit.attention import ChunkedAttention, attend_in_chunks, has_fused_attention, use_attention
+from fluxsplit.attention import BlockAttention, attend_in_chunks, has_fused_attention, rotations, use_attention
 
 HEADS, HEAD = 4, 128
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -85,7 +85,8 @@ def test_a_chunk_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-def test_a_block_gives_what_diffusers_processor_gives(double: bool) -> None:
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_a_block_gives_what_diffusers_processor_gives(double: bool, chunk: int | None) -> None:
     torch.manual_seed(0)
     width = HEADS * HEAD
     more = {"added_kv_proj_dim": width, "context_pre_only": False} if double else {"pre_only": True}
@@ -93,13 +94,13 @@ def test_a_block_gives_what_diffusers_processor_gives(double: bool) -> None:
     image, text = torch.randn(1, 40, width), torch.randn(1, 12, width) if double else None
     angles = torch.randn(52 if double else 40, HEAD // 2).repeat_interleave(2, dim=1)
     rope = (angles.cos(), angles.sin())
+    before = image.clone(), None if text is None else text.clone()
     with torch.inference_mode():
         wanted = block(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=rope)
-        use_attention(block, None)
-        assert not isinstance(block.processor, ChunkedAttention)
-        use_attention(block, 9)
-        assert isinstance(block.processor, ChunkedAttention)
-        got = block(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=rope)
+        use_attention(block, chunk)
+        assert isinstance(block.processor, BlockAttention)
+        got = block(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=rotations(*rope))
+    assert torch.equal(image, before[0]) and (text is None or torch.equal(text, before[1]))
     for own, theirs in zip(got if double else [got], wanted if double else [wanted], strict=True):
         assert own.shape == theirs.shape
         assert torch.allclose(own, theirs, rtol=0, atol=2e-6)

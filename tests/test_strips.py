@@ -18,7 +18,7 @@ from fluxsplit import checkpoint
 from fluxsplit.decode_plan import VaePlan, VaeShape
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.models import demo_files
-from fluxsplit.planes import Plane
+from fluxsplit.planes import Plane, Pool
 from fluxsplit.strips import EPSILON, Moments, NotFinite, convolve, phase_kernels
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Vae, levels, load_vae
@@ -91,7 +91,7 @@ def test_decoding_in_strips_is_decoding_in_one_piece(vae: Vae, height: int, widt
     latents = torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(height))
     whole = stock(vae).decode(latents).sample[0].permute(1, 2, 0)
     for strip_bytes in STRIPS:
-        for home in ("device", "disk"):
+        for home in ("device", "ram", "disk"):
             got = decoded(vae, latents, plan(strip_bytes, home), tmp_path)
             assert got.shape == whole.shape == (8 * height, 8 * width, 3)
             assert float((got - whole).abs().max()) <= TOLERANCE, (strip_bytes, home)
@@ -215,6 +215,17 @@ def test_the_decoder_needs_no_diffusers() -> None:
 def test_the_shape_is_read_off_the_weights(random_vae: Vae) -> None:
     assert random_vae.shape == VaeShape((32, 32, 64, 64), 1, 32, True, 16)
     assert loaded(demo_files().vae).shape == VaeShape((16, 24, 48, 64), 1, 8, False, 16)
+
+
+def test_a_pool_gives_again_what_it_was_given() -> None:
+    pool = Pool()
+    small, large = pool.take(3 << 20), pool.take((8 << 20) + 1)
+    assert small.numel() == 3 << 20 and large.numel() == 9 << 20
+    pool.give(large)
+    pool.give(small)
+    assert pool.take(2 << 20).data_ptr() == small.data_ptr(), "the smallest that will do"
+    assert pool.take(2 << 20).data_ptr() == large.data_ptr()
+    assert pool.take(1).data_ptr() not in (small.data_ptr(), large.data_ptr())
 
 
 @pytest.mark.gpu
