@@ -28,16 +28,15 @@ from fluxsplit.safetensor_header import read_header
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PIECES, PIECE_BYTES = 8, 16 << 20
-"""Pinned pieces of RAM that a card's blocks travel through."""
-READERS = 4
-"""Threads that copy the file's bytes into those pieces."""
+PIECE_BYTES, PIECES_OF_READER = 8 << 20, 2
+"""Pinned RAM that a card's blocks travel through, for each thread that reads them. A power of two, as torch rounds up
+to one; small, so that the card fetches it from the processor's cache."""
 CPU_BASE_BYTES = 415_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}
 """Memory of the matrix that a CPU multiplies with, in matrices: products pack a part of it anew; fitted."""
-CARD_BASE_BYTES = 120_000_000
-"""Of the allocator on a card: libraries' workspaces and rounding."""
+CARD_BASE_BYTES = 200_000_000
+"""Of the allocator on a card: libraries' workspaces and rounding; measured on an H200."""
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SCORE_BYTES = 256_000_000
@@ -48,8 +47,9 @@ FLUX_HEAD = 128
 CACHE_MARGIN = 0.95
 ELEMENTWISE = 8.0
 """Times through the mixture that `rates` measures, for each token and channel of a block; fitted."""
-_ACTIVATION = {4: 92.0, 2: 44.0}
-"""Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size."""
+_ACTIVATION, _CARD_ACTIVATION = {4: 92.0, 2: 44.0}, {4: 58.0, 2: 29.0}
+"""Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size. A card's
+allocator finds a place for what a CPU's leaves as holes; 16 bits measured on an H200, fp32 taken as twice that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,8 @@ class MemoryPlan:
     slots: int
     """Device memory for blocks in turn; 0 where nothing is copied, 1 where reading and computing take turns."""
     slot_bytes: int
+    readers: int
+    """Threads that bring blocks to a card."""
     pinned_bytes: int
     """RAM that the copies go through."""
     base_bytes: int
@@ -245,7 +247,7 @@ def _plan(
     base = CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes
     base += model.small_elements * size
     scratch = int(model.largest_elements * size * (PACKED[size] if on_cpu else 1))
-    activation = _activation_bytes(model, tokens[0], size, chunk)
+    activation = _activation_bytes(model, tokens[0], size, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION)
     state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
     held = base + scratch + activation + state
     peak = held if on_cpu else held + resident_bytes + slots * slot_bytes
@@ -260,7 +262,8 @@ def _plan(
         streamed_bytes=streamed_bytes,
         slots=slots,
         slot_bytes=slot_bytes,
-        pinned_bytes=0 if on_cpu else PIECES * PIECE_BYTES,
+        readers=0 if on_cpu else device.readers,
+        pinned_bytes=0 if on_cpu else device.readers * PIECES_OF_READER * PIECE_BYTES,
         base_bytes=base,
         scratch_bytes=scratch,
         activation_bytes=activation,
@@ -292,9 +295,9 @@ def tokens_of(width: int, height: int, text_tokens: int) -> int:
     return -(-width // 16) * -(-height // 16) + text_tokens
 
 
-def _activation_bytes(model: Model, tokens: int, size: int, chunk: int | None) -> int:
+def _activation_bytes(model: Model, tokens: int, size: int, chunk: int | None, widest: dict[int, float]) -> int:
     scores = 0 if chunk is None else 3 * chunk * tokens * (model.hidden // model.head) * size
-    return int(tokens * model.hidden * _ACTIVATION[size]) + scores
+    return int(tokens * model.hidden * widest[size]) + scores
 
 
 def _state_bytes(model: Model, tokens: int, size: int) -> int:

@@ -13,9 +13,6 @@ from fluxsplit.events import Events
 from fluxsplit.jobs import SampleJob
 from fluxsplit.memory import budget_bytes
 from fluxsplit.memory_plan import (
-    PIECE_BYTES,
-    PIECES,
-    READERS,
     MemoryPlan,
     Work,
     plan_memory,
@@ -81,9 +78,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> S
         flux.device,
         resident=frozenset(plan.resident),
         slots=plan.slots,
-        pieces=PIECES,
-        piece_bytes=PIECE_BYTES,
-        readers=READERS,
+        readers=plan.readers,
         ahead=plan.slots > 1,
         on_read=told.read,
     )

@@ -27,16 +27,22 @@ POOL_STEP_BYTES = 1 << 20
 
 
 class Pool:
-    """Blocks of RAM that one plane gave back, for the next: on fresh pages a card would wait longer than on the bus."""
+    """Blocks of RAM for a card's planes, used again and again, pinned as far as may be.
 
-    def __init__(self) -> None:
+    Fresh pages would be faulted in anew for every plane, and what is not pinned is slow to cross the bus.
+    """
+
+    def __init__(self, pin_bytes: int = 0) -> None:
+        """Pin at most so much, with CUDA; on AMD cards pinned memory can stall (ComfyUI#16062)."""
         self._free: list[torch.Tensor] = []
+        self._left = pin_bytes if torch.cuda.is_available() and torch.version.hip is None else 0
+        self._pinned: list[torch.Tensor] = []
 
     def take(self, count: int) -> torch.Tensor:
         """At least `count` bytes, with whatever is in them: of what is free the smallest that will do."""
         fitting = [raw for raw in self._free if raw.numel() >= count]
         if not fitting:
-            return _mapped((-(-count // POOL_STEP_BYTES) * POOL_STEP_BYTES,), torch.uint8, None)
+            return self._made(-(-count // POOL_STEP_BYTES) * POOL_STEP_BYTES)
         best = min(fitting, key=torch.Tensor.numel)
         self._free = [raw for raw in self._free if raw is not best]
         return best
@@ -44,6 +50,18 @@ class Pool:
     def give(self, raw: torch.Tensor) -> None:
         """Back for the next to take."""
         self._free.append(raw)
+
+    def close(self) -> None:
+        """Take the pins away; what is still in use stays what it is."""
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
+
+    def _made(self, count: int) -> torch.Tensor:
+        raw = _mapped((count,), torch.uint8, None)
+        if count <= self._left and int(torch.cuda.cudart().cudaHostRegister(raw.data_ptr(), count, 0)) == 0:
+            self._left -= count
+            self._pinned.append(raw)
+        return raw
 
 
 class Plane:

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import CACHE_MARGIN, READERS
+from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES
 
 MEASURE_S, RUNS = 0.05, 3
 """For each rate: at least so long, and so often, since one run alone is at the mercy of whoever else is computing."""
 MAX_TOKENS, MAX_CARD_TOKENS = 512, 4096
 """A card is not busy with few."""
 BUS_BYTES = 32 << 20
-FEED_BYTES = 16 << 20
+FEED_BYTES = 2 * PIECE_BYTES
 """Read by each thread, to learn how fast they copy out of the page cache."""
 QUERY_CHUNK = 512
 DISK_BYTES, DISK_S = 64 << 20, 0.3
@@ -69,17 +69,21 @@ def _with_rates(
     )
 
 
-def feed_bytes_per_s(path: str, readers: int = READERS) -> float:
+def feed_bytes_per_s(path: str, readers: int) -> float:
     """Bytes a second that threads copy out of the page cache, from the middle of a file; infinite if nobody knows."""
     if not hasattr(os, "preadv"):
         return math.inf
-    buffers = [bytearray(FEED_BYTES) for _ in range(readers)]
+    buffers = [bytearray(PIECE_BYTES) for _ in range(readers)]
     with Path(path).open("rb", buffering=0) as file, ThreadPoolExecutor(readers) as threads:
-        size_bytes = os.fstat(file.fileno()).st_size
-        starts = [max(0, size_bytes // 2 + (n - readers // 2) * FEED_BYTES) for n in range(readers)]
+        size_bytes, handle = os.fstat(file.fileno()).st_size, file.fileno()
+
+        def read_run(number: int) -> int:
+            start = max(0, size_bytes // 2 + (number - readers // 2) * FEED_BYTES)
+            offsets = range(start, start + FEED_BYTES, PIECE_BYTES)
+            return sum(os.preadv(handle, [buffers[number]], at) for at in offsets)
 
         def read() -> int:
-            return sum(threads.map(os.preadv, [file.fileno()] * readers, [[one] for one in buffers], starts))
+            return sum(threads.map(read_run, range(readers)))
 
         read()  # from the disk, where it was not in the cache
         best_s = math.inf
@@ -97,7 +101,7 @@ def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInf
     stay in RAM.
     """
     if info.bus_bytes_per_s is not None:
-        info = replace(info, bus_bytes_per_s=min(info.bus_bytes_per_s, feed_bytes_per_s(path)))
+        info = replace(info, bus_bytes_per_s=min(info.bus_bytes_per_s, feed_bytes_per_s(path, info.readers)))
     if info.ram_bytes is None or weight_bytes <= info.ram_bytes * CACHE_MARGIN or not hasattr(os, "posix_fadvise"):
         return info
     return replace(info, disk_bytes_per_s=_disk(path))

@@ -1,21 +1,17 @@
 """Brings each block's stored bytes to the device just before it is computed, from the user's own file.
 
 A card cannot compute from the page cache, and not all blocks fit on it. Those that do stay there; the rest take
-turns in two slots of device memory, each as large as the largest of them. They are filled in the order in which the
-blocks are computed, one slot ahead, by a few threads: each reads a piece of the file into a pinned piece of RAM,
-starts its copy on the slot's stream, and goes on to the next piece while that one travels. Neither a second file nor
-the model in RAM is made on the way, and float8 crosses the bus as float8.
+turns in two slots of device memory, each as large as the largest of them, filled one ahead in the order in which the
+blocks are computed. A few threads do that (`readers`). Float8 crosses the bus as float8.
 
-    reader threads  disk → pinned piece ─┬─ slot's stream ──→ slot ┄┄┄ compute waits for it ┄┄┄→  compute stream
-                                         └ event `copied`: the piece is free                     expands, multiplies
-              slot's stream waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
+    readers  ── slot's stream ──→ slot ┄┄┄┄ compute waits for the slot's stream ┄┄┄┄→  compute stream
+             slot's stream waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
 
 So each waits for the other on the device: compute for all that the slot's stream was given, and that stream for `used`
 before it writes into the slot again. (diffusers' group offloading has neither, which is a race: diffusers#13502.) Every
-slot has a stream of its own, so that the pieces of one do not wait for the other slot to be used. The threads take
-pieces in order, so that a slot's last ones are on their way before the next slot's first. On a CPU the slots are plain
-memory and there are no streams. Without threads the same reads and copies happen when a block is asked for; the bits
-are the same.
+slot has a stream of its own, so that the pieces of one do not wait for the other slot to be used. On a CPU the slots
+are plain memory and there are no streams. Without threads the same reads and copies happen when a block is asked for;
+the bits are the same.
 """
 
 from __future__ import annotations
@@ -23,20 +19,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.memory_plan import PIECE_BYTES
+from fluxsplit.readers import Filling, Readers
 from fluxsplit.weights import Span, StoredLinear, WeightFiles
 
 ALIGN_BYTES = 256
-POLL_S = 0.5
 OnRead = Callable[[int], None]
 """Is told how many bytes were read."""
 
@@ -83,100 +77,12 @@ def attach(layout: Layout, memory: torch.Tensor) -> None:
         place.linear.stored = part.view(place.dtype).view(place.shape)
 
 
-class Copier:
-    """Reads bytes of weight files into memory of the device, in pieces; on a CPU straight into it."""
-
-    def __init__(self, files: WeightFiles, device: torch.device, piece_bytes: int, pieces: int, readers: int) -> None:
-        """With no `readers` whoever fills does the reading."""
-        self._files, self._piece_bytes = files, piece_bytes
-        self._begun: list[threading.Thread] = []
-        self._threads = ThreadPoolExecutor(readers, "weights reader", self._note_thread) if readers else None
-        self._pieces: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
-        if device.type == "cuda":
-            for _ in range(pieces):
-                self._pieces.put((_pinned(piece_bytes), None))
-
-    def fill(self, memory: torch.Tensor, layout: Layout, stream: torch.cuda.Stream | None) -> list[Future[None]]:
-        """Begin to bring a block's bytes into `memory`: what is to be waited for until `stream` has all its copies."""
-        parts = []
-        for place in layout.places:
-            for done in range(0, place.span.bytes, self._piece_bytes):
-                count = min(self._piece_bytes, place.span.bytes - done)
-                target = memory[place.offset + done : place.offset + done + count]
-                parts.append(self._begin(place.span.path, place.span.start + done, target, stream))
-        return parts
-
-    def wait(self, parts: list[Future[None]]) -> None:
-        """Until all that `fill` began is read; raises what a reader met, ends the others then."""
-        for part in parts:
-            if (failure := self._failure(part)) is not None:
-                self.close()
-                raise failure
-
-    def _failure(self, part: Future[None]) -> BaseException | None:
-        failure: BaseException | None = None
-        while True:
-            try:
-                failure = part.exception(POLL_S)
-                break
-            except CancelledError as error:
-                failure = error
-                break
-            except TimeoutError:  # a thread that is killed between two parts takes the next one with it
-                if not all(thread.is_alive() for thread in self._begun):
-                    return FluxsplitError("a thread that reads the weights ended", "run it again with --debug")
-        if failure is None or isinstance(failure, FluxsplitError | MemoryError | RuntimeError):
-            return failure
-        return FluxsplitError(
-            f"a thread that reads the weights was ended by {type(failure).__name__} {failure}".rstrip(),
-            "run it again with --debug",
-        )
-
-    def close(self) -> None:
-        """End the threads; what they have not begun is not done."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def _note_thread(self) -> None:
-        self._begun.append(threading.current_thread())
-
-    def _begin(self, path: str, start: int, target: torch.Tensor, stream: torch.cuda.Stream | None) -> Future[None]:
-        if self._threads is not None:
-            return self._threads.submit(self._read, path, start, target, stream)
-        done: Future[None] = Future()
-        try:
-            self._read(path, start, target, stream)
-            done.set_result(None)
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-    def _read(self, path: str, start: int, target: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
-        file = self._files.open(path)
-        file.will_need(start, start + target.numel())
-        if stream is None:
-            file.read_into(_buffer(target), start)
-            return
-        piece, copied = self._pieces.get()
-        try:
-            if copied is not None:
-                copied.synchronize()  # until its last copy has left it
-            here = piece[: target.numel()]
-            file.read_into(_buffer(here), start)
-            with torch.cuda.stream(stream):
-                target.copy_(here, non_blocking=True)
-                copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
-                copied.record(stream)
-        finally:
-            self._pieces.put((piece, copied))
-
-
 @dataclass(slots=True)
 class _Slot:
     memory: torch.Tensor
     stream: torch.cuda.Stream | None
     number: int = -1
-    parts: list[Future[None]] = field(default_factory=list)
+    filling: Filling | None = None
 
 
 class Streaming:
@@ -190,18 +96,18 @@ class Streaming:
         *,
         resident: frozenset[int] = frozenset(),
         slots: int = 2,
-        pieces: int = 8,
-        piece_bytes: int = 16 << 20,
         readers: int = 4,
+        piece_bytes: int = PIECE_BYTES,
         ahead: bool = True,
         on_read: OnRead = lambda count: None,
     ) -> None:
-        """Allocate everything and load what stays. With `ahead` threads read; without, the caller does."""
+        """Allocate everything and load what stays. With `ahead` so many `readers` read; without, the caller does."""
         self._files, self._device, self._on_read = files, device, on_read
         self._layouts = [layout(block, as_mapped=device.type == "cpu") for block in blocks]
         self._streamed = frozenset(range(len(blocks))) - resident
         self._order = itertools.cycle(sorted(self._streamed))
-        self._copier = Copier(files, device, piece_bytes, pieces, readers if ahead else 0)
+        self._fresh = set(self._streamed)
+        self._readers = Readers(files, device, readers if ahead else 0, piece_bytes)
         self._load([self._layouts[number] for number in sorted(resident)])
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
         self._slots = [_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0)]
@@ -226,7 +132,8 @@ class Streaming:
             self._fill(slot)
         if slot.number != number:
             raise FluxsplitError(f"block {number} was asked for when block {slot.number} was next", "this is a bug")
-        self._wait(slot.parts, self._layouts[number], slot.stream)
+        assert slot.filling is not None
+        self._wait(slot.filling, self._layouts[number])
         attach(self._layouts[number], slot.memory)
         try:
             yield
@@ -237,7 +144,7 @@ class Streaming:
 
     def close(self) -> None:
         """End the reader threads; blocks cannot be brought in afterwards."""
-        self._copier.close()
+        self._readers.close()
 
     def _fill(self, slot: _Slot) -> None:
         """Begin to bring in whichever block is next, after all that was computed from the slot so far."""
@@ -246,14 +153,22 @@ class Streaming:
             used.record(torch.cuda.current_stream(self._device))
             slot.stream.wait_event(used)
         slot.number = next(self._order)
-        slot.parts = self._copier.fill(slot.memory, self._layouts[slot.number], slot.stream)
+        slot.filling = self._begin(self._layouts[slot.number], slot.memory, slot.stream, slot.number in self._fresh)
+        self._fresh.discard(slot.number)
 
-    def _wait(self, parts: list[Future[None]], layout: Layout, stream: torch.cuda.Stream | None) -> None:
-        """Until all parts are read; what is computed from now on waits on the device for their copies."""
-        self._copier.wait(parts)
+    def _begin(self, layout: Layout, memory: torch.Tensor, stream: torch.cuda.Stream | None, fresh: bool) -> Filling:
+        runs = [
+            (place.span.path, place.span.start, memory[place.offset : place.offset + place.span.bytes])
+            for place in layout.places
+        ]
+        return self._readers.begin(runs, stream, fresh)
+
+    def _wait(self, filling: Filling, layout: Layout) -> None:
+        """Until all is read; what is computed from now on waits on the device for the copies."""
+        self._readers.wait(filling)
         self._files.check_unchanged()
-        if stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(stream)
+        if filling.stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(filling.stream)
         self._on_read(sum(place.span.bytes for place in layout.places))
 
     def _load(self, layouts: list[Layout]) -> None:
@@ -263,9 +178,9 @@ class Streaming:
             memory = _aligned(one.bytes, self._device)
             if stream is not None:  # what the allocator hands out may still be in use
                 stream.wait_stream(torch.cuda.current_stream(self._device))
-            begun.append((one, memory, self._copier.fill(memory, one, stream)))
-        for one, memory, parts in begun:
-            self._wait(parts, one, stream)
+            begun.append((one, memory, self._begin(one, memory, stream, fresh=True)))
+        for one, memory, filling in begun:
+            self._wait(filling, one)
             attach(one, memory)
 
     def _stream(self) -> torch.cuda.Stream | None:
@@ -277,17 +192,3 @@ def _aligned(count: int, device: torch.device) -> torch.Tensor:
     memory = torch.empty(count + ALIGN_BYTES, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGN_BYTES
     return memory[start : start + count]
-
-
-def _buffer(memory: torch.Tensor) -> memoryview:
-    """A uint8 tensor on the CPU as something that can be read into."""
-    array: Any = memory.numpy()
-    return memoryview(array)
-
-
-def _pinned(count: int) -> torch.Tensor:
-    """RAM that the card can read by itself; plain RAM where the driver refuses (its copies then wait)."""
-    try:
-        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError:
-        return torch.empty(count, dtype=torch.uint8)

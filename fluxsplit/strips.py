@@ -26,8 +26,11 @@ import torch.nn.functional as F
 
 from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, keys_together, strip_rows
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.memory import free_ram_bytes
 from fluxsplit.planes import Plane, Pool, give_back_freed
 
+PINNED_SHARE = 0.25
+"""Of free RAM, at most, for planes that do not fit a card."""
 EPSILON = 1e-6
 """Of every GroupNorm in the VAE (diffusers `vae.py`)."""
 
@@ -142,7 +145,7 @@ class Strips:
         """`layer` gives a parameter by name, in the dtype and on the device; `folder` is for planes on disk."""
         self._plan, self._dtype, self._device, self._groups = plan, dtype, device, groups
         self._layer, self._folder = layer, folder
-        self._pool = Pool()
+        self._pool = Pool(int(free_ram_bytes() * PINNED_SHARE) if plan.home == "ram" else 0)
         self.planes: dict[str, Plane] = {}
         self._moments: dict[str, Moments] = {}
 
@@ -151,6 +154,12 @@ class Strips:
 
         `advance` is told the share of the work that is done. Raises NotFinite.
         """
+        try:
+            self._run(passes, sink, advance)
+        finally:
+            self._pool.close()
+
+    def _run(self, passes: tuple[Pass, ...], sink: Sink, advance: Callable[[float], None]) -> None:
         total = sum(one.operations for one in passes)
         done = 0.0
         for one in passes:

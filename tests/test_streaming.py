@@ -164,7 +164,7 @@ def test_a_reader_thread_that_is_killed_stops_the_run(path: Path, text: Conditio
     flux, files = load(path)
     loader = streaming(flux, files)
     flux.velocities(forwards(text))
-    for thread in loader._copier._begun:
+    for thread in loader._readers.threads:
         kill(thread)
     with pytest.raises(FluxsplitError, match=r"thread that reads the weights (was )?ended"):
         for _ in range(5):  # a pass may still find its slots filled
@@ -290,7 +290,7 @@ def test_on_a_card_streamed_is_resident_to_the_bit(
         return [velocity.cpu() for velocity in found]
 
     wanted = velocities(resident=frozenset(range(BLOCKS)))
-    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000, pieces=2)
+    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000, readers=3)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
