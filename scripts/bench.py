@@ -176,7 +176,7 @@ def floor_s(args: argparse.Namespace, floor: dict[str, Any], plan: dict[str, Any
 
 
 def over_resident(args: argparse.Namespace, floor: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """On a card, each pass against max(the same pass with everything there, the bus), where one of the caps allows it."""
+    """On a card, each pass against max(the same with everything there, the bus), where one of the caps allows it."""
     whole = next((row["step_s"] for row in rows if "step_s" in row and not row["plan"]["streamed"]), None)
     if whole is None or is_cpu(args):
         return
