@@ -28,7 +28,6 @@ from collections.abc import Callable
 import torch
 
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.fp8_kernel import by_kernel
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements expanded at a time, so that the passes over them stay in the cache."""
@@ -91,8 +90,8 @@ def self_test(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _method(device: torch.device, float8: torch.dtype, dtype: torch.dtype) -> _Method | None:
     """The first method that is exact here: tried once for each device and pair of dtypes."""
-    fast: tuple[_Method, ...] = (_by_integers,) if device.type == "cpu" else (by_kernel, _by_cast)
-    for method in (*fast, _by_table):
+    fast = _by_integers if device.type == "cpu" else _by_cast
+    for method in (fast, _by_table):
         if is_exact(method, device, float8, dtype):
             return method
     return None

@@ -22,7 +22,7 @@ DESKTOP_SHARE = 0.04
 """The same as a share of all there is; the larger counts."""
 CPU_AUTO_SHARE = 0.75
 """Of the RAM that is free now, by `auto` on a CPU."""
-MAX_READERS = 12
+MAX_READERS = 8
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 _AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]I?|)B?", re.ASCII | re.IGNORECASE)
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%", re.ASCII)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-import torch.cuda._utils
 
-from fluxsplit import fp8, fp8_kernel
+from fluxsplit import fp8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 E4M3, E5M2 = fp8.FLOAT8
@@ -127,81 +121,6 @@ def test_integers_do_not_depend_on_denormals() -> None:
                 assert fp8.is_exact(fp8._by_integers, CPU, float8, dtype)
     finally:
         torch.set_flush_denormal(False)
-
-
-C_OF_A_CARD = """
-#include <stdint.h>
-#include <string.h>
-#define __device__
-#define __forceinline__ inline
-#define __global__
-typedef struct { unsigned int x, y, z, w; } uint4;
-typedef struct { int x; } place;
-static uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) {
-    uint4 four = {x, y, z, w};
-    return four;
-}
-static unsigned int __float_as_uint(float value) { unsigned int bits; memcpy(&bits, &value, 4); return bits; }
-static float __uint_as_float(unsigned int bits) { float value; memcpy(&value, &bits, 4); return value; }
-static place blockIdx = {0}, blockDim = {0}, threadIdx = {0};
-"""
-C_ALL_THREADS = """
-extern "C" void all(const uint4* codes, uint4* out, int groups) {
-    for (threadIdx.x = 0; threadIdx.x < groups + 3; threadIdx.x++) expand(codes, out, groups);
-}
-"""
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("float8", fp8.FLOAT8, ids=str)
-def test_the_cards_kernel_is_exact_as_a_cpu_runs_it(float8: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The same source, its threads one after the other."""
-    (tmp_path / "kernel.cpp").write_text(C_OF_A_CARD + fp8_kernel.source(float8, dtype) + C_ALL_THREADS)
-    words = ["g++", "-O1", "-w", "-shared", "-fPIC", "-o", str(tmp_path / "kernel.so"), str(tmp_path / "kernel.cpp")]
-    subprocess.run(words, check=True)
-    run = ctypes.CDLL(str(tmp_path / "kernel.so")).all
-
-    def by_kernel(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-        rest = codes.numel() % fp8_kernel.CODES
-        whole = codes.numel() - rest
-        run(ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(out.data_ptr()), whole // fp8_kernel.CODES)
-        out[whole:] = codes[whole:].to(dtype)
-
-    assert fp8.is_exact(by_kernel, CPU, float8, dtype)
-    codes = finite_codes(float8)[:240]
-    guarded = torch.full((256,), -1.0, dtype=dtype)
-    by_kernel(codes, guarded[:240], 1.0)
-    assert same_bits(guarded[:240], codes.float().to(dtype)) and (guarded[240:] == -1).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_cards_kernel_compiles(dtype: torch.dtype) -> None:
-    """By the compiler that comes with torch, which needs no card."""
-    compile_source = getattr(torch.cuda._utils, "_nvrtc_compile", None)
-    try:
-        torch.cuda._utils._get_gpu_rtc_library()
-    except (AttributeError, OSError):
-        compile_source = None
-    if compile_source is None or torch.version.hip:
-        pytest.skip("no NVRTC here")
-    for float8 in fp8.FLOAT8:
-        made, name = compile_source(fp8_kernel.source(float8, dtype), "expand", "80")
-        assert name == "expand" and len(made) > 500
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_card_has_the_kernel_and_gives_the_casts_bits(dtype: torch.dtype) -> None:
-    device = torch.device("cuda", 0)
-    for float8 in fp8.FLOAT8:
-        assert fp8._method(device, float8, dtype) is fp8_kernel.by_kernel
-        for count in (16, 4096, 3 * 3072 * 16, 1001):
-            codes = finite_codes(float8).view(torch.uint8).repeat(count // 200 + 1)[:count].view(float8).to(device)
-            for scale in (1.0, 0.0123):
-                wanted = torch.empty(count, dtype=dtype, device=device)
-                fp8._by_cast(codes, wanted, scale)
-                assert same_bits(fp8.expand(codes, dtype, scale).cpu(), wanted.cpu())
 
 
 @pytest.mark.gpu
