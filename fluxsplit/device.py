@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fluxsplit.errors import UsageError
-from fluxsplit.memory import DeviceInfo, free_ram_bytes, spare_threads, total_ram_bytes
+from fluxsplit.memory import DeviceInfo, free_ram_bytes, total_ram_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -88,7 +88,6 @@ def device_info(device: torch.device) -> DeviceInfo:
         unified=bool(getattr(properties, "is_integrated", False)),
         ram_bytes=free_ram_bytes(),
         cores=int(properties.multi_processor_count),
-        readers=spare_threads(),
         fused_attention=_has_fused_attention(properties),
     )
 

@@ -22,7 +22,6 @@ DESKTOP_SHARE = 0.04
 """The same as a share of all there is; the larger counts."""
 CPU_AUTO_SHARE = 0.75
 """Of the RAM that is free now, by `auto` on a CPU."""
-MAX_READERS = 8
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 _AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]I?|)B?", re.ASCII | re.IGNORECASE)
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%", re.ASCII)
@@ -56,8 +55,6 @@ class DeviceInfo:
     ram_bytes: int | None = None
     """RAM that is free for the page cache; None where nobody knows."""
     cores: int = 1
-    readers: int = 1
-    """Threads that the machine can spare to bring weights to it."""
     fused_attention: bool = True
     """False where attention would materialise the score matrix (RDNA2): it is then computed in chunks of queries."""
 
@@ -100,12 +97,6 @@ def auto_bytes(device: DeviceInfo) -> int:
         return int(device.free_bytes * CPU_AUTO_SHARE)
     desktop = max(DESKTOP_BYTES, int(device.total_bytes * DESKTOP_SHARE))
     return max(0, device.free_bytes - desktop)
-
-
-def spare_threads() -> int:
-    """Threads that may copy weights to a card: most of the machine's, since while a card computes they have no other
-    work, but no more than are of use."""
-    return max(1, min(MAX_READERS, (os.cpu_count() or 1) * 3 // 4))
 
 
 def free_ram_bytes() -> int:

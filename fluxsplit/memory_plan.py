@@ -28,9 +28,8 @@ from fluxsplit.safetensor_header import read_header
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PIECE_BYTES, PIECES_OF_READER = 8 << 20, 2
-"""Pinned RAM that a card's blocks travel through, for each thread that reads them. A power of two, as torch rounds up
-to one; small, so that the card fetches it from the processor's cache."""
+PIECE_BYTES, PIECES = 32 << 20, 3
+"""Pinned RAM that a card's blocks travel through; a power of two, as torch rounds up to one."""
 CPU_BASE_BYTES = 415_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}
@@ -106,8 +105,6 @@ class MemoryPlan:
     slots: int
     """Device memory for blocks in turn; 0 where nothing is copied, 1 where reading and computing take turns."""
     slot_bytes: int
-    readers: int
-    """Threads that bring blocks to a card."""
     pinned_bytes: int
     """RAM that the copies go through."""
     base_bytes: int
@@ -262,8 +259,7 @@ def _plan(
         streamed_bytes=streamed_bytes,
         slots=slots,
         slot_bytes=slot_bytes,
-        readers=0 if on_cpu else device.readers,
-        pinned_bytes=0 if on_cpu else device.readers * PIECES_OF_READER * PIECE_BYTES,
+        pinned_bytes=0 if on_cpu else PIECES * PIECE_BYTES,
         base_bytes=base,
         scratch_bytes=scratch,
         activation_bytes=activation,

@@ -78,7 +78,6 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> S
         flux.device,
         resident=frozenset(plan.resident),
         slots=plan.slots,
-        readers=plan.readers,
         ahead=plan.slots > 1,
         on_read=told.read,
     )

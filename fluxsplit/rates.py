@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +20,15 @@ from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES
+from fluxsplit.weights import WeightFile
 
 MEASURE_S, RUNS = 0.05, 3
 """For each rate: at least so long, and so often, since one run alone is at the mercy of whoever else is computing."""
 MAX_TOKENS, MAX_CARD_TOKENS = 512, 4096
 """A card is not busy with few."""
 BUS_BYTES = 32 << 20
-FEED_BYTES = 2 * PIECE_BYTES
-"""Read by each thread, to learn how fast they copy out of the page cache."""
+FEED_BYTES = 128 << 20
+"""At most so much is copied, to learn how fast that is."""
 QUERY_CHUNK = 512
 DISK_BYTES, DISK_S = 64 << 20, 0.3
 """At most so much is read, and for no longer, to learn how fast a disk is."""
@@ -69,29 +69,31 @@ def _with_rates(
     )
 
 
-def feed_bytes_per_s(path: str, readers: int) -> float:
-    """Bytes a second that threads copy out of the page cache, from the middle of a file; infinite if nobody knows."""
-    if not hasattr(os, "preadv"):
+def feed_bytes_per_s(path: str) -> float:
+    """Bytes a second that all of torch's threads copy out of the page cache, from the middle of a file's map.
+
+    Infinite for a file that is too small to tell.
+    """
+    file = WeightFile(path)
+    size_bytes = Path(path).stat().st_size
+    count = min(FEED_BYTES, size_bytes) // PIECE_BYTES
+    if not count:
         return math.inf
-    buffers = [bytearray(PIECE_BYTES) for _ in range(readers)]
-    with Path(path).open("rb", buffering=0) as file, ThreadPoolExecutor(readers) as threads:
-        size_bytes, handle = os.fstat(file.fileno()).st_size, file.fileno()
+    start = (size_bytes - count * PIECE_BYTES) // 2
+    here = torch.empty(PIECE_BYTES, dtype=torch.uint8)
 
-        def read_run(number: int) -> int:
-            start = max(0, size_bytes // 2 + (number - readers // 2) * FEED_BYTES)
-            offsets = range(start, start + FEED_BYTES, PIECE_BYTES)
-            return sum(os.preadv(handle, [buffers[number]], at) for at in offsets)
+    def copy() -> None:
+        for at in range(start, start + count * PIECE_BYTES, PIECE_BYTES):
+            here.copy_(file.bytes_at(at, at + PIECE_BYTES))
 
-        def read() -> int:
-            return sum(threads.map(read_run, range(readers)))
-
-        read()  # from the disk, where it was not in the cache
-        best_s = math.inf
-        for _ in range(RUNS):
-            started_s = time.perf_counter()
-            done = read()
-            best_s = min(best_s, time.perf_counter() - started_s)
-    return done / max(best_s, 1e-9)
+    file.will_need(start, start + count * PIECE_BYTES)
+    copy()  # from the disk, where it was not in the cache
+    best_s = math.inf
+    for _ in range(RUNS):
+        started_s = time.perf_counter()
+        copy()
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return count * PIECE_BYTES / max(best_s, 1e-9)
 
 
 def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInfo:
@@ -101,7 +103,7 @@ def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInf
     stay in RAM.
     """
     if info.bus_bytes_per_s is not None:
-        info = replace(info, bus_bytes_per_s=min(info.bus_bytes_per_s, feed_bytes_per_s(path, info.readers)))
+        info = replace(info, bus_bytes_per_s=min(info.bus_bytes_per_s, feed_bytes_per_s(path)))
     if info.ram_bytes is None or weight_bytes <= info.ram_bytes * CACHE_MARGIN or not hasattr(os, "posix_fadvise"):
         return info
     return replace(info, disk_bytes_per_s=_disk(path))

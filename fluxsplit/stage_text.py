@@ -11,7 +11,7 @@ from fluxsplit.conditioning import Conditioning, conditioning_bytes
 from fluxsplit.device import pick_device
 from fluxsplit.events import Events
 from fluxsplit.jobs import TextJob
-from fluxsplit.memory import free_ram_bytes, spare_threads
+from fluxsplit.memory import free_ram_bytes
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.text import T5, Clip
@@ -57,7 +57,7 @@ def _loader(t5: T5, files: WeightFiles, device: torch.device) -> Streaming | Rea
     would push out what others have there: then they are given back.
     """
     if device.type != "cpu":
-        return Streaming(t5.blocks, files, device, readers=spare_threads())
+        return Streaming(t5.blocks, files, device)
     block_bytes = sum(layout(block).bytes for block in t5.blocks)
     fleeting = range(len(t5.blocks) if block_bytes > CACHE_SHARE * free_ram_bytes() else 0)
     return ReadAhead(t5.blocks, files, frozenset(fleeting), lambda count: None)

@@ -2,15 +2,15 @@
 
 A card cannot compute from the page cache, and not all blocks fit on it. Those that do stay there; the rest take
 turns in two slots of device memory, each as large as the largest of them, filled one ahead in the order in which the
-blocks are computed. A few threads do that (`readers`). Float8 crosses the bus as float8.
+blocks are computed. A thread does that (`reader`). Float8 crosses the bus as float8.
 
-    readers  ── slot's stream ──→ slot ┄┄┄┄ compute waits for the slot's stream ┄┄┄┄→  compute stream
-             slot's stream waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
+    reader  ── slot's stream ──→ slot ┄┄┄┄ compute waits for the slot's stream ┄┄┄┄→  compute stream
+            slot's stream waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
 
 So each waits for the other on the device: compute for all that the slot's stream was given, and that stream for `used`
 before it writes into the slot again. (diffusers' group offloading has neither, which is a race: diffusers#13502.) Every
 slot has a stream of its own, so that the pieces of one do not wait for the other slot to be used. On a CPU the slots
-are plain memory and there are no streams. Without threads the same reads and copies happen when a block is asked for;
+are plain memory and there are no streams. Without a thread the same reads and copies happen when a block is asked for;
 the bits are the same.
 """
 
@@ -27,7 +27,7 @@ from torch import nn
 
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory_plan import PIECE_BYTES
-from fluxsplit.readers import Filling, Readers
+from fluxsplit.reader import Filling, Reader, Run
 from fluxsplit.weights import Span, StoredLinear, WeightFiles
 
 ALIGN_BYTES = 256
@@ -96,18 +96,22 @@ class Streaming:
         *,
         resident: frozenset[int] = frozenset(),
         slots: int = 2,
-        readers: int = 4,
-        piece_bytes: int = PIECE_BYTES,
         ahead: bool = True,
+        in_pieces: bool | None = None,
+        piece_bytes: int = PIECE_BYTES,
         on_read: OnRead = lambda count: None,
     ) -> None:
-        """Allocate everything and load what stays. With `ahead` so many `readers` read; without, the caller does."""
+        """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does.
+
+        `in_pieces`, which a card needs, is for tests of a CPU.
+        """
         self._files, self._device, self._on_read = files, device, on_read
         self._layouts = [layout(block, as_mapped=device.type == "cpu") for block in blocks]
         self._streamed = frozenset(range(len(blocks))) - resident
         self._order = itertools.cycle(sorted(self._streamed))
         self._fresh = set(self._streamed)
-        self._readers = Readers(files, device, readers if ahead else 0, piece_bytes)
+        through = device.type == "cuda" if in_pieces is None else in_pieces
+        self._reader = Reader(files, in_pieces=through, piece_bytes=piece_bytes, with_thread=ahead)
         self._load([self._layouts[number] for number in sorted(resident)])
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
         self._slots = [_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0)]
@@ -143,8 +147,8 @@ class Streaming:
             self._coming.put(slot)
 
     def close(self) -> None:
-        """End the reader threads; blocks cannot be brought in afterwards."""
-        self._readers.close()
+        """End the reader thread; blocks cannot be brought in afterwards."""
+        self._reader.close()
 
     def _fill(self, slot: _Slot) -> None:
         """Begin to bring in whichever block is next, after all that was computed from the slot so far."""
@@ -158,14 +162,16 @@ class Streaming:
 
     def _begin(self, layout: Layout, memory: torch.Tensor, stream: torch.cuda.Stream | None, fresh: bool) -> Filling:
         runs = [
-            (place.span.path, place.span.start, memory[place.offset : place.offset + place.span.bytes])
+            Run(place.span.path, place.span.start, memory[place.offset : place.offset + place.span.bytes])
             for place in layout.places
         ]
-        return self._readers.begin(runs, stream, fresh)
+        filling = Filling(runs, stream, fresh)
+        self._reader.begin(filling)
+        return filling
 
     def _wait(self, filling: Filling, layout: Layout) -> None:
         """Until all is read; what is computed from now on waits on the device for the copies."""
-        self._readers.wait(filling)
+        self._reader.wait(filling)
         self._files.check_unchanged()
         if filling.stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(filling.stream)

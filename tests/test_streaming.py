@@ -87,12 +87,13 @@ def test_streamed_is_resident_to_the_bit(
         resident = frozenset(n for n in range(BLOCKS) if generator.random() < 0.4)
         ahead = generator.random() < 0.6
         slots = generator.choice([2, 3] if ahead else [1, 2])
-        loader = Streaming(flux.blocks, files, CPU, resident=resident, slots=slots, ahead=ahead)
+        how: dict[str, Any] = {"in_pieces": generator.random() < 0.5, "piece_bytes": generator.choice([1000, 1 << 20])}
+        loader = Streaming(flux.blocks, files, CPU, resident=resident, slots=slots, ahead=ahead, **how)
         loaders.append(loader)
         flux.loader = loader
         for _ in range(generator.choice([1, 3])):
             got = flux.velocities(forwards(text))
-            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (resident, slots, ahead)
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (resident, slots, ahead, how)
 
 
 @pytest.mark.parametrize("streamed", [(), (0, 3), tuple(range(BLOCKS))])
@@ -160,12 +161,12 @@ def kill(thread: threading.Thread) -> None:
 
 
 def test_a_reader_thread_that_is_killed_stops_the_run(path: Path, text: Conditioning) -> None:
-    """Killed while it waits for work: it takes the next part with it, or tells of it."""
+    """Killed while it waits for work: it takes the next block with it, or tells of it."""
     flux, files = load(path)
     loader = streaming(flux, files)
     flux.velocities(forwards(text))
-    for thread in loader._readers.threads:
-        kill(thread)
+    assert loader._reader.thread is not None
+    kill(loader._reader.thread)
     with pytest.raises(FluxsplitError, match=r"thread that reads the weights (was )?ended"):
         for _ in range(5):  # a pass may still find its slots filled
             flux.velocities(forwards(text))
@@ -290,7 +291,7 @@ def test_on_a_card_streamed_is_resident_to_the_bit(
         return [velocity.cpu() for velocity in found]
 
     wanted = velocities(resident=frozenset(range(BLOCKS)))
-    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000, readers=3)
+    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
