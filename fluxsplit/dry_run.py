@@ -83,7 +83,7 @@ def memory_plan(plan: Plan) -> tuple[MemoryPlan, DeviceInfo, Model]:
         plan.device,
         plan.dtype,
         part_.path,
-        held.bytes,
+        sum(block.bytes for block in sizes.blocks),
         held.parameters,
         sizes.hidden,
         sizes.head,
@@ -144,6 +144,8 @@ def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:
     if memory.streamed:
         often = f"once a pass, for {_pictures(memory.together)}"
         rows.append(("blocks that stream", memory.streamed_bytes, f"{_blocks(memory.streamed, model)}, {often}"))
+    once = "matrices of timestep and prompt, read once before the first step"
+    rows.append(("modulation", memory.modulation_bytes, once))
     if memory.slots:
         rows.append(("slots", memory.slots * memory.slot_bytes, f"{memory.slots} of {bytes_text(memory.slot_bytes)}"))
     if memory.pinned_bytes:

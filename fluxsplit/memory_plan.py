@@ -36,6 +36,7 @@ PACKED = {4: 1.2, 2: 1.4}
 """Memory of the matrix that a CPU multiplies with, in matrices: products pack a part of it anew; fitted."""
 CARD_BASE_BYTES = 200_000_000
 """Of the allocator on a card: libraries' workspaces and rounding; measured on an H200."""
+_ONCE = ("norm.linear.weight", "norm1.linear.weight", "norm1_context.linear.weight")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SCORE_BYTES = 256_000_000
@@ -74,6 +75,10 @@ class Model:
     """Matrices outside the blocks, as stored."""
     small_elements: int
     """Biases and norms, held in the compute dtype."""
+    modulation_bytes: int
+    """Matrices of the blocks that are needed before the first step only (`modulation`), as stored."""
+    modulation_block_bytes: int
+    """Of the block that has most of them."""
     largest_elements: int
     """Of the largest matrix that has to be expanded; 0 where all are stored in the compute dtype."""
 
@@ -102,6 +107,8 @@ class MemoryPlan:
     resident_bytes: int
     streamed_bytes: int
     """Moved in every pass."""
+    modulation_bytes: int
+    """Moved once, before the first step."""
     slots: int
     """Device memory for blocks in turn; 0 where nothing is copied, 1 where reading and computing take turns."""
     slot_bytes: int
@@ -140,22 +147,31 @@ class MemoryPlan:
 def read_model(part: Part, dtype: str) -> Model:
     """The sizes of a transformer that is computed in `dtype` (fp32, bf16 or fp16)."""
     found: dict[tuple[str, int], list[Source]] = {}
+    once: dict[str, int] = {}
     rest: list[Source] = []
     for name, source in part.sources.items():
         stack, _, after = name.partition(".")
-        if stack in ("transformer_blocks", "single_transformer_blocks") and _is_matrix(source):
-            found.setdefault((stack, int(after.partition(".")[0])), []).append(source)
-        else:
+        number, _, inside = after.partition(".")
+        if stack not in ("transformer_blocks", "single_transformer_blocks") or not _is_matrix(source):
             rest.append(source)
+        elif inside in _ONCE:
+            once[f"{stack}.{number}"] = once.get(f"{stack}.{number}", 0) + _stored_bytes(source)
+        else:
+            found.setdefault((stack, int(number)), []).append(source)
     keys = sorted(found, key=lambda key: (key[0] != "transformer_blocks", key[1]))
     blocks = tuple(_block(key, found[key]) for key in keys)
-    expanded = [source for sources in found.values() for source in sources if _is_expanded(source, dtype)]
+    in_blocks = [
+        source for name, source in part.sources.items() if "transformer_blocks." in name and _is_matrix(source)
+    ]
+    expanded = [source for source in in_blocks if _is_expanded(source, dtype)]
     return Model(
         blocks,
         hidden=part.shape("x_embedder.weight")[0],
         head=_head(part),
         small_bytes=sum(_stored_bytes(source) for source in rest if _is_matrix(source)),
         small_elements=sum(math.prod(source.shape) for source in part.sources.values() if not _is_matrix(source)),
+        modulation_bytes=sum(once.values()),
+        modulation_block_bytes=max(once.values(), default=0),
         largest_elements=max((math.prod(source.shape) for source in expanded), default=0),
     )
 
@@ -246,7 +262,8 @@ def _plan(
     scratch = int(model.largest_elements * size * (PACKED[size] if on_cpu else 1))
     activation = _activation_bytes(model, tokens[0], size, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION)
     state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
-    held = base + scratch + activation + state
+    # before the first step two blocks' modulation matrices are there instead of activations
+    held = base + scratch + max(activation + state, 0 if on_cpu else 2 * model.modulation_block_bytes)
     peak = held if on_cpu else held + resident_bytes + slots * slot_bytes
     streamed_bytes = sum(model.blocks[n].bytes for n in streamed)
     step_s, limit = _step(model, tokens, work.forwards, device, streamed_bytes, together)
@@ -257,6 +274,7 @@ def _plan(
         streamed=tuple(sorted(streamed)),
         resident_bytes=resident_bytes,
         streamed_bytes=streamed_bytes,
+        modulation_bytes=model.modulation_bytes,
         slots=slots,
         slot_bytes=slot_bytes,
         pinned_bytes=0 if on_cpu else PIECES * PIECE_BYTES,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -27,7 +28,7 @@ from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux
 from fluxsplit.weights import StoredLinear, WeightFiles
 
-WORTH_MEASURING_BYTES = 1 << 30
+WORTH_MEASURING_BYTES = 1 << 29
 """Blocks of this size take seconds a step; what is smaller is over before it could be predicted."""
 
 
@@ -62,17 +63,31 @@ def work_of(job: SampleJob) -> Work:
     )
 
 
-def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> Streaming | ReadAhead:
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Who brings what."""
+
+    blocks: Streaming | ReadAhead
+    modulations: Callable[[], Streaming | ReadAhead]
+    """Makes who brings the matrices that are needed before the first step; to be closed afterwards."""
+
+
+def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> Placed:
     """Bring what stays to where it stays, and return who brings the rest."""
     use_attention(flux.module, plan.query_chunk)
-    told = _Load(events, plan.resident_bytes + plan.streamed_bytes)
+    told = _Load(events, plan.resident_bytes + plan.streamed_bytes + plan.modulation_bytes)
+    matrices, every = flux.modulations.matrices, frozenset(range(len(flux.modulations.matrices)))
     if flux.device.type == "cpu":
-        return ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read)
+        fleeting = every if plan.streamed else frozenset[int]()
+        return Placed(
+            ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read),
+            lambda: ReadAhead(matrices, files, fleeting, told.read),
+        )
     inside = {id(child) for block in flux.blocks for child in block.modules()}
     for child in flux.module.modules():
         if isinstance(child, StoredLinear) and id(child) not in inside:
             child.move(flux.device)
-    return Streaming(
+    blocks = Streaming(
         flux.blocks,
         files,
         flux.device,
@@ -81,6 +96,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> S
         ahead=plan.slots > 1,
         on_read=told.read,
     )
+    return Placed(blocks, lambda: Streaming(matrices, files, flux.device, on_read=told.read))
 
 
 class _Load:

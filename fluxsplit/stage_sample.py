@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,17 +28,17 @@ from fluxsplit.lockstep import Picture, sample_together
 from fluxsplit.memory_plan import MemoryPlan, smaller_budget
 from fluxsplit.peek import write_peek
 from fluxsplit.peek_steps import LivePeek
-from fluxsplit.placement import place, plan_job, tell_plan
-from fluxsplit.read_ahead import ReadAhead
+from fluxsplit.placement import Placed, place, plan_job, tell_plan
 from fluxsplit.recipe import LATENT_CHANNELS, VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.schedule import from_sigma
 from fluxsplit.schedule import sigmas as scheduled_sigmas
 from fluxsplit.starting_point import starting_point
-from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux, check_conditioning
 from fluxsplit.weights import WeightFiles
 
 SLUG_CHARS = 40
+PREPARED_TOGETHER = 16
+"""Pictures whose modulations are computed in one pass, at least: their matrices are read so much more rarely."""
 _VERSIONED = ("fluxsplit", "torch", "diffusers", "transformers")
 
 
@@ -46,7 +46,7 @@ _VERSIONED = ("fluxsplit", "torch", "diffusers", "transformers")
 class _Model:
     flux: Flux
     files: WeightFiles
-    loader: Streaming | ReadAhead
+    placed: Placed
     contents: Contents
     space: LatentSpace
     stamps: dict[str, Future[WeightsStamp]]
@@ -61,9 +61,11 @@ def run(job: SampleJob, events: Events) -> None:
         tell_plan(plan, events)
         try:
             model = _load(job, part, plan, device, dtype, events, hashing)
-            for first in range(0, len(job.images), plan.together):
-                _sample_group(model, job, range(len(job.images))[first : first + plan.together], events)
-            model.loader.close()
+            for numbers in _batches(range(len(job.images)), -(-PREPARED_TOGETHER // plan.together) * plan.together):
+                _prepare(model, job, numbers)
+                for group in _batches(numbers, plan.together):
+                    _sample_group(model, job, group, events)
+            model.placed.blocks.close()
         except Exception as error:
             if is_out_of_memory(error):
                 raise _out_of_memory(error, plan) from error
@@ -99,15 +101,15 @@ def _load(
 ) -> _Model:
     files = WeightFiles()
     flux = Flux(part, files, dtype, device)
-    loader = place(plan, flux, files, events)
-    flux.loader = loader
+    placed = place(plan, flux, files, events)
+    flux.loader = placed.blocks
     contents = checkpoint.describe(job.files.transformer)
     vae_config = checkpoint.describe(job.files.vae or job.files.transformer).config.get("vae", {})
     stamps = {
         path: hashing.submit(_stamp, path)
         for path in {job.files.transformer, job.files.text_encoder, job.files.clip} - {""}
     }
-    return _Model(flux, files, loader, contents, latent_space(vae_config), stamps)
+    return _Model(flux, files, placed, contents, latent_space(vae_config), stamps)
 
 
 def _shape(recipe: Recipe) -> tuple[int, int, int, int]:
@@ -116,6 +118,28 @@ def _shape(recipe: Recipe) -> tuple[int, int, int, int]:
 
 def _stamp(path: str) -> WeightsStamp:
     return WeightsStamp(Path(path).name, weights_sha256(path))
+
+
+def _batches(numbers: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    return (numbers[first : first + most] for first in range(0, len(numbers), most))
+
+
+def _prepare(model: _Model, job: SampleJob, numbers: Sequence[int]) -> None:
+    """Compute the modulations of all steps of these images."""
+    times: list[tuple[float, float | None, torch.Tensor]] = []
+    for image in (job.images[number] for number in numbers):
+        texts = [image.conditioning, *([image.negative_conditioning] if image.cfg != 1 else [])]
+        with suppress(FluxsplitError):  # told when its picture is made
+            recipe = _recipe(model, image)
+            pooled = [_conditioning(model.flux, text).pooled for text in texts]
+            times += [(sigma, recipe.guidance, one) for one in pooled for sigma in recipe.sigmas if sigma > 0]
+    if not times:
+        return
+    loader = model.placed.modulations()
+    try:
+        model.flux.prepare(times, loader)
+    finally:
+        loader.close()
 
 
 def _sample_group(model: _Model, job: SampleJob, numbers: Sequence[int], events: Events) -> None:

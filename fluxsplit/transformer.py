@@ -8,7 +8,7 @@ and cropped. And the order in which blocks are brought in belongs to whoever loa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from fluxsplit.conditioning import Conditioning
 from fluxsplit.diffusers_models import FluxTransformer2DModel
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.loading import EveryBlockThere, Loader
+from fluxsplit.modulation import Modulations, Rows
+from fluxsplit.modulation import key as time_key
 from fluxsplit.weights import WeightFiles, fill
 
 PATCH = 2
@@ -52,6 +54,7 @@ class _Stream:
     rope: torch.Tensor  # complex64 [T + N, head / 2]
     grid: tuple[int, int]  # rows and columns of tokens
     latent_size: tuple[int, int]  # height and width before padding
+    modulations: list[Rows] | None  # of every block, where they were computed before
 
     def through(self, block: torch.nn.Module) -> None:
         self.text, self.image = block(
@@ -77,7 +80,17 @@ class Flux:
         fill(self.module, part, files, dtype, device)
         use_attention(self.module, None)
         self.blocks = (*self.module.transformer_blocks, *self.module.single_transformer_blocks)
+        self.modulations = Modulations(self.blocks)
         self.loader: Loader = EveryBlockThere()
+
+    @torch.inference_mode()
+    def prepare(self, times: Iterable[tuple[float, float | None, torch.Tensor]], loader: Loader) -> None:
+        """Compute the modulations of forwards to come, given by sigma, guidance and pooled text [1, 768].
+
+        `loader` brings in `modulations.matrices`. A forward that was not prepared computes its own.
+        """
+        embeddings = {time_key(*time): self._embed_time(*time) for time in times}
+        self.modulations.compute(embeddings, loader)
 
     @torch.inference_mode()
     def velocities(self, forwards: Sequence[Forward]) -> list[torch.Tensor]:
@@ -86,10 +99,10 @@ class Flux:
         Every block is applied to each in turn, a batch of one, before the next block is brought in.
         """
         streams = [self._begin(forward) for forward in forwards]
-        for number, block in enumerate(self.blocks):
+        for number in range(len(self.blocks)):
             with self.loader.brought_in(number):
                 for stream in streams:
-                    stream.through(block)
+                    self._through(stream, number)
         return [self._end(stream) for stream in streams]
 
     @torch.inference_mode()
@@ -99,9 +112,9 @@ class Flux:
         if not stream.is_finite():
             return "the embedding of latent, text or timestep"
         doubles, place = len(self.module.transformer_blocks), ""
-        for number, block in enumerate(self.blocks):  # to the end, as whoever brings them in counts on it
+        for number in range(len(self.blocks)):  # to the end, as whoever brings them in counts on it
             with self.loader.brought_in(number):
-                stream.through(block)
+                self._through(stream, number)
             if not place and not stream.is_finite():
                 kind, index = ("double", number) if number < doubles else ("single", number - doubles)
                 place = f"{kind} block {index}"
@@ -117,7 +130,12 @@ class Flux:
         temb = self._embed_time(forward.sigma, forward.guidance, forward.conditioning.pooled)
         rows, columns = padded.shape[-2] // PATCH, padded.shape[-1] // PATCH
         rope = rotations(*module.pos_embed(self._ids(text.shape[1], rows, columns)))
-        return _Stream(image, text, temb, rope, (rows, columns), (height, width))
+        known = self.modulations.of(time_key(forward.sigma, forward.guidance, forward.conditioning.pooled), self.device)
+        return _Stream(image, text, temb, rope, (rows, columns), (height, width), known)
+
+    def _through(self, stream: _Stream, number: int) -> None:
+        self.modulations.give(number, None if stream.modulations is None else stream.modulations[number])
+        stream.through(self.blocks[number])
 
     def _end(self, stream: _Stream) -> torch.Tensor:
         output = self.module.proj_out(self.module.norm_out(stream.image, stream.temb))  # [1, N, 64]

@@ -23,6 +23,8 @@ from fluxsplit.device import DTYPE_NAMES, pick_device, pick_dtype
 from fluxsplit.rates import feed_bytes_per_s
 
 TIMES = 3
+NEEDED_ONCE = (".norm.linear.weight", ".norm1.linear.weight", ".norm1_context.linear.weight")
+"""adaLN matrices of the blocks, which are no part of a step (`fluxsplit/modulation.py`)."""
 TRANSFER_BYTES = 1 << 28
 
 
@@ -30,14 +32,14 @@ def products(part: Part, image_tokens: int, text_tokens: int) -> Counter[tuple[i
     """How often a step multiplies [rows, inputs] by [outputs, inputs], by (rows, outputs, inputs)."""
     counts: Counter[tuple[int, int, int]] = Counter()
     for name, source in part.sources.items():
-        if len(source.shape) == 2:
+        if len(source.shape) == 2 and not name.endswith(NEEDED_ONCE):
             counts[(_rows(name, image_tokens, text_tokens), *source.shape)] += 1
     return counts
 
 
 def _rows(name: str, image_tokens: int, text_tokens: int) -> int:
     """Rows that a matrix is multiplied with, by its place (diffusers' names)."""
-    if ".norm" in name or name.startswith(("time_text_embed", "norm_out")):
+    if name.startswith(("time_text_embed", "norm_out")):
         return 1  # modulation, from the embedded timestep
     if name.startswith("single_transformer_blocks"):
         return image_tokens + text_tokens

@@ -94,6 +94,6 @@ def test_the_block_where_it_began_is_found(tmp_path: Path, number: int) -> None:
     assert flux.first_nonfinite(forward) == ""
     block = flux.blocks[number]
     norm = block.norm1 if number < 2 else block.norm
-    norm.linear.bias.fill_(float("nan"))
+    norm.linear._linear[0].bias.fill_(float("nan"))
     names = ["double block 0", "double block 1", "single block 0", "single block 1", "single block 2"]
     assert flux.first_nonfinite(forward) == names[number]

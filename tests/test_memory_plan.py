@@ -15,7 +15,8 @@ from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import Block, MemoryPlan, Model, Work, plan_memory, read_model, smaller_budget, text_tokens
 
 GB = 10**9
-DOUBLE, SINGLE = 339_800_000, 141_600_000
+DOUBLE, SINGLE = 226_500_000, 113_300_000
+DOUBLE_ONCE, SINGLE_ONCE = 113_250_000, 28_300_000
 SCHNELL = Model(
     blocks=(
         *(Block(f"double {n}", DOUBLE, DOUBLE) for n in range(19)),
@@ -25,7 +26,9 @@ SCHNELL = Model(
     head=128,
     small_bytes=50_000_000,
     small_elements=3_000_000,
-    largest_elements=3072 * 12288,
+    modulation_bytes=19 * DOUBLE_ONCE + 38 * SINGLE_ONCE,
+    modulation_block_bytes=DOUBLE_ONCE,
+    largest_elements=3072 * 18432,
 )
 CARD = DeviceInfo(
     "cuda", "a card", 24 * GB, 24 * GB, flops_per_s=25e12, expand_elements_per_s=2e11, bus_bytes_per_s=12e9
@@ -53,7 +56,15 @@ def test_every_budget_of_a_card_has_a_plan_within_it(device: DeviceInfo, budget_
     )
     assert (got.query_chunk is None) == device.fused_attention
     assert got.smallest_bytes <= got.peak_bytes
-    assert bool(got.streamed) == (budget_gb < 16)
+    assert bool(got.streamed) == (budget_gb < 12)
+
+
+def test_a_small_picture_is_planned_with_room_for_what_comes_before_its_steps() -> None:
+    small = Work(((256, 256),), 64)
+    got, model = plan(24, small), replace(SCHNELL, modulation_block_bytes=0)
+    more = 2 * DOUBLE_ONCE - got.activation_bytes - got.state_bytes
+    assert more > 0
+    assert got.peak_bytes - plan(24, small, model=model).peak_bytes == more
 
 
 def test_more_memory_never_streams_more() -> None:
@@ -62,10 +73,11 @@ def test_more_memory_never_streams_more() -> None:
     assert streamed[0] > 0 == streamed[-1]
 
 
-def test_a_card_of_12_gb_keeps_most_of_it() -> None:
+def test_a_card_of_12_gb_keeps_every_block_and_one_of_8_gb_most() -> None:
     """ComfyUI keeps 40 % on a 6700 XT of 12 GB."""
-    got = plan(11, device=RDNA2, dtype="fp16")
-    assert got.resident_bytes > 0.7 * 11.9 * GB
+    assert not plan(11, device=RDNA2, dtype="fp16").streamed
+    got = plan(7.5, device=RDNA2, dtype="fp16")
+    assert got.resident_bytes > 0.6 * sum(block.bytes for block in SCHNELL.blocks)
     assert all(SCHNELL.blocks[number].name.startswith("single") for number in got.streamed)
     assert got.slots == 2 and got.slot_bytes == SINGLE
     gaps = [b - a for a, b in zip(got.streamed, got.streamed[1:], strict=False)]
@@ -87,7 +99,7 @@ def test_pictures_advance_together_where_something_streams() -> None:
     assert plan(4, eight).together == 8
     assert plan(4, eight).streamed_bytes == plan(4, replace(eight, sizes=eight.sizes[:1])).streamed_bytes
     assert plan(24, eight).together == 1, "one after the other where nothing is gained"
-    assert plan(4, Work(((512, 512),) * 100, 256)).together == 16
+    assert 8 < plan(4, Work(((512, 512),) * 100, 256)).together <= 16
 
 
 def test_seconds_are_those_of_the_slowest_way() -> None:
@@ -135,7 +147,7 @@ def test_the_next_smaller_budget_ends_at_the_smallest() -> None:
     seen = [got.budget_bytes]
     while (smaller := smaller_budget(got)) is not None:
         assert smaller < got.budget_bytes
-        got = plan(smaller / GB)
+        got = plan_memory(SCHNELL, ONE, CARD, smaller, "bf16")
         seen.append(smaller)
     assert len(seen) > 3 and got.slots == 1
 
@@ -153,6 +165,8 @@ def test_random_models_and_budgets_never_exceed_the_budget() -> None:
             head=32,
             small_bytes=generator.randrange(60_000_000),
             small_elements=generator.randrange(5_000_000),
+            modulation_bytes=generator.randrange(1 << 32),
+            modulation_block_bytes=generator.randrange(1 << 27),
             largest_elements=generator.randrange(40_000_000),
         )
         sizes = tuple((generator.randrange(16, 1600), generator.randrange(16, 1600)) for _ in range(3))
@@ -173,9 +187,10 @@ def test_the_header_of_a_file(tmp_path: Path) -> None:
     model = read_model(part, "bf16")
     names = ["double 0", "double 1", "single 0", "single 1", "single 2"]
     assert [block.name for block in model.blocks] == names
-    double = 2 * (3 * 64 * 64 + 64 * 64 + 2 * 4 * 64 * 64 + 6 * 64 * 64)
+    double, once = 2 * (3 * 64 * 64 + 64 * 64 + 2 * 4 * 64 * 64), 2 * 6 * 64 * 64
     assert model.blocks[0] == Block("double 0", double, double)
     assert (model.hidden, model.head, model.largest_elements) == (64, 32, 6 * 64 * 64)
+    assert (model.modulation_bytes, model.modulation_block_bytes) == (2 * once + 3 * 3 * 64 * 64, once)
     wide = read_model(checkpoint.part(write_flux(tmp_path / "wide", "bf16"), "transformer"), "bf16")
     assert wide.blocks[0].bytes == 2 * double and wide.blocks[0].elements == wide.largest_elements == 0
 
