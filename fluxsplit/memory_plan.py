@@ -28,8 +28,8 @@ from fluxsplit.safetensor_header import read_header
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PIECE_BYTES, PIECES = 32 << 20, 3
-"""Pinned RAM that a card's blocks travel through; a power of two, as torch rounds up to one."""
+PIECE_BYTES, ONCE_PIECE_BYTES, PIECES = 32 << 20, 8 << 20, 3
+"""Pinned RAM that a card's blocks travel through, and what comes before the steps; powers of two, as torch rounds up."""
 CPU_BASE_BYTES = 415_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}
@@ -277,7 +277,7 @@ def _plan(
         modulation_bytes=model.modulation_bytes,
         slots=slots,
         slot_bytes=slot_bytes,
-        pinned_bytes=0 if on_cpu else PIECES * PIECE_BYTES,
+        pinned_bytes=0 if on_cpu else PIECES * (PIECE_BYTES + ONCE_PIECE_BYTES),
         base_bytes=base,
         scratch_bytes=scratch,
         activation_bytes=activation,

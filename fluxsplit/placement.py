@@ -14,6 +14,7 @@ from fluxsplit.events import Events
 from fluxsplit.jobs import SampleJob
 from fluxsplit.memory import budget_bytes
 from fluxsplit.memory_plan import (
+    ONCE_PIECE_BYTES,
     MemoryPlan,
     Work,
     plan_memory,
@@ -96,7 +97,9 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         ahead=plan.slots > 1,
         on_read=told.read,
     )
-    return Placed(blocks, lambda: Streaming(matrices, files, flux.device, on_read=told.read))
+    return Placed(
+        blocks, lambda: Streaming(matrices, files, flux.device, piece_bytes=ONCE_PIECE_BYTES, on_read=told.read)
+    )
 
 
 class _Load:
