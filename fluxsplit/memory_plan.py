@@ -29,7 +29,7 @@ MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PIECE_BYTES, ONCE_PIECE_BYTES, PIECES = 32 << 20, 8 << 20, 3
-"""Pinned RAM that a card's blocks travel through, and what comes before the steps; powers of two, as torch rounds up."""
+"""Pinned RAM that a card's blocks travel through, and what comes before the steps; powers of two, as torch makes it."""
 CPU_BASE_BYTES = 415_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}
