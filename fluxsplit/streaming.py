@@ -42,8 +42,8 @@ class Place:
     linear: StoredLinear
     span: Span
     offset: int
-    dtype: torch.dtype
-    shape: torch.Size
+    mapped: torch.Tensor
+    """The matrix as it was before: a view of the file's map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ def layout(block: nn.Module, as_mapped: bool = False) -> Layout:
     places, at = [], 0
     for child in block.modules():
         if isinstance(child, StoredLinear) and child.span is not None:
-            dtype, span = child.stored.dtype, child.span
-            off = span.start % ALIGN_BYTES if as_mapped and span.start % dtype.itemsize == 0 else 0
-            places.append(Place(child, span, at + off, dtype, child.stored.shape))
+            span = child.span
+            off = span.start % ALIGN_BYTES if as_mapped and span.start % child.stored.itemsize == 0 else 0
+            places.append(Place(child, span, at + off, child.stored))
             at += -(-(off + span.bytes) // ALIGN_BYTES) * ALIGN_BYTES
     return Layout(tuple(places), at)
 
@@ -74,7 +74,13 @@ def attach(layout: Layout, memory: torch.Tensor) -> None:
     """Let the block's matrices be views of `memory`, a uint8 tensor that holds their bytes."""
     for place in layout.places:
         part = memory[place.offset : place.offset + place.span.bytes]
-        place.linear.stored = part.view(place.dtype).view(place.shape)
+        place.linear.stored = part.view(place.mapped.dtype).view(place.mapped.shape)
+
+
+def detach(layout: Layout) -> None:
+    """Let the block's matrices be in the file again, and nowhere else."""
+    for place in layout.places:
+        place.linear.stored = place.mapped
 
 
 @dataclass(slots=True)
@@ -147,8 +153,10 @@ class Streaming:
             self._coming.put(slot)
 
     def close(self) -> None:
-        """End the reader thread; blocks cannot be brought in afterwards."""
+        """End the reader thread and let go of the slots; blocks cannot be brought in afterwards."""
         self._reader.close()
+        for number in self._streamed:
+            detach(self._layouts[number])
 
     def _fill(self, slot: _Slot) -> None:
         """Begin to bring in whichever block is next, after all that was computed from the slot so far."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,24 @@ def test_prepared_forwards_have_the_bits_of_others(
     assert not any(map(is_modulation, uses))
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert len({velocity.sum().item() for velocity in got}) == len(asked)
+
+
+def test_they_may_be_brought_in_and_leave_nothing_behind(tmp_path: Path, text: Conditioning) -> None:
+    """As on a card: through pieces into slots, of which nothing is held afterwards."""
+    flux, files = load(write_flux(tmp_path / "flux"), torch.float32)
+    asked = forwards(text, None)
+    wanted = flux.velocities(asked)
+    places = [place for matrices in flux.modulations.matrices for place in layout(matrices).places]
+    loader = Streaming(flux.modulations.matrices, files, flux.device, in_pieces=True, piece_bytes=1000)
+    slots = [weakref.ref(slot.memory) for slot in loader._slots]
+    flux.prepare(times(asked), loader)
+    assert all(place.linear.stored.data_ptr() != place.mapped.data_ptr() for place in places)
+    loader.close()
+    assert all(place.linear.stored is place.mapped for place in places)
+    del loader
+    gc.collect()
+    assert [slot() for slot in slots] == [None] * len(slots)
+    assert all(torch.equal(a, b) for a, b in zip(flux.velocities(asked), wanted, strict=True))
 
 
 def test_what_was_not_prepared_is_computed_all_the_same(tmp_path: Path, text: Conditioning) -> None:
