@@ -147,6 +147,7 @@ class Strips:
         """`layer` gives a parameter by name, in the dtype and on the device; `folder` is for planes on disk."""
         self._plan, self._dtype, self._device, self._groups = plan, dtype, device, groups
         self._layer, self._folder = layer, folder
+        self._buffers: dict[str, torch.Tensor] = {}
         self._pool = Pool(int(free_ram_bytes() * PINNED_SHARE) if plan.home == "ram" else 0)
         self.planes: dict[str, Plane] = {}
         self._moments: dict[str, Moments] = {}
@@ -259,12 +260,14 @@ class Strips:
             tokens = self._tokens(one, affine, start, stop)
             for plane, name in zip(projected, ("to_k", "to_v"), strict=True):
                 _write(plane, start, self._linear(one, name, tokens).view(stop - start, one.width, -1))
+            yield 0.0
         for start in range(0, one.height, queries):
             stop = min(start + queries, one.height)
             query = self._linear(one, "to_q", self._tokens(one, affine, start, stop)).float() * one.inputs**-0.5
             seen = self._attend(query, projected[0], projected[1], keys)
             target.put(start, self._linear(one, "to_out.0", seen.to(self._dtype)).view(stop - start, one.width, -1))
             yield stop / one.height
+        self._buffers.clear()
 
     def _tokens(self, one: Pass, affine: Affine, start: int, stop: int) -> torch.Tensor:
         rows = torch.empty((stop - start, one.width, one.inputs), dtype=self._dtype, device=self._device)
@@ -283,7 +286,8 @@ class Strips:
         gathered = torch.zeros_like(query)
         for start in range(0, keys.height, rows):
             for some_keys, some_values in self._widened(keys, values, start, min(start + rows, keys.height)):
-                scores = query @ some_keys.T  # [n, keys]
+                shape = torch.Size((len(query), len(some_keys)))
+                scores = torch.mm(query, some_keys.T, out=self._buffer("scores", shape))
                 higher = torch.maximum(highest, scores.amax(1, keepdim=True))
                 shares = scores.sub_(higher).exp_()
                 fade = (highest - higher).exp_()
@@ -300,7 +304,17 @@ class Strips:
         for (_, key), (_, value) in zip(keys.pieces(start, stop), values.pieces(start, stop), strict=True):
             flat = (piece.to(self._device).reshape(-1, keys.channels) for piece in (key, value))
             for some_keys, some_values in zip(*(piece.split(together) for piece in flat), strict=True):
-                yield some_keys.float(), some_values.float()
+                if some_keys.dtype != torch.float32:
+                    some_keys = self._buffer("keys", some_keys.shape).copy_(some_keys)  # noqa: PLW2901
+                    some_values = self._buffer("values", some_values.shape).copy_(some_values)  # noqa: PLW2901
+                yield some_keys, some_values
+
+    def _buffer(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Memory in fp32 that attention uses again and again; new pieces would leave holes, half a million times."""
+        held = self._buffers.get(name)
+        if held is None or held.numel() < shape.numel():
+            held = self._buffers[name] = torch.empty(shape.numel(), device=self._device)
+        return held[: shape.numel()].view(shape)
 
     def _kernel(self, layer: str) -> torch.Tensor:
         weight = self._layer(f"{layer}.weight")
