@@ -158,10 +158,16 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         "read_bytes_per_pass": round(median(after.read_bytes - before.read_bytes for before, after in warm)),
         "moved_bytes_per_s": round(moved_bytes / step_s),
         "planned_over_measured_peak": round(seen.plan["peak_bytes"] / measured_bytes(args, seen), 3),
-        "planned_over_measured_s": round((seen.plan["step_s"] or 0) * seen.plan["together"] / step_s, 3),
+        "planned_over_measured_s": round(planned_s(args, seen.plan) / step_s, 3),
         "step_over_compute": round(step_s / (seen.plan["together"] * floor["compute_s"]), 3),
         "step_over_floor": round(step_s / floor_s(args, floor, seen.plan), 3),
     }
+
+
+def planned_s(args: argparse.Namespace, plan: dict[str, Any]) -> float:
+    """The plan's seconds of a pass as they are measured: CPU seconds of all threads on a CPU. 0 where it names none."""
+    threads = (args.threads or torch.get_num_threads()) if is_cpu(args) else 1
+    return float((plan["step_s"] or 0) * plan["together"] * threads)
 
 
 def measured_bytes(args: argparse.Namespace, seen: Watched) -> int:
