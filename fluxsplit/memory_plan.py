@@ -36,7 +36,8 @@ PACKED = {4: 1.2, 2: 1.4}
 """Memory of the matrix that a CPU multiplies with, in matrices: products pack a part of it anew; fitted."""
 CARD_BASE_BYTES = 200_000_000
 """Of the allocator on a card: libraries' workspaces and rounding; measured on an H200."""
-_ONCE = ("norm.linear.weight", "norm1.linear.weight", "norm1_context.linear.weight")
+MODULATION = ("norm.linear", "norm1.linear", "norm1_context.linear")
+"""The matrices of diffusers' blocks, single and double, that are needed before the first step only (`modulation`)."""
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SCORE_BYTES = 256_000_000
@@ -76,7 +77,7 @@ class Model:
     small_elements: int
     """Biases and norms, held in the compute dtype."""
     modulation_bytes: int
-    """Matrices of the blocks that are needed before the first step only (`modulation`), as stored."""
+    """Of `MODULATION`, as stored; no part of the blocks' own."""
     modulation_block_bytes: int
     """Of the block that has most of them."""
     largest_elements: int
@@ -147,22 +148,21 @@ class MemoryPlan:
 def read_model(part: Part, dtype: str) -> Model:
     """The sizes of a transformer that is computed in `dtype` (fp32, bf16 or fp16)."""
     found: dict[tuple[str, int], list[Source]] = {}
-    once: dict[str, int] = {}
+    once: dict[str, list[Source]] = {}
     rest: list[Source] = []
     for name, source in part.sources.items():
         stack, _, after = name.partition(".")
         number, _, inside = after.partition(".")
         if stack not in ("transformer_blocks", "single_transformer_blocks") or not _is_matrix(source):
             rest.append(source)
-        elif inside in _ONCE:
-            once[f"{stack}.{number}"] = once.get(f"{stack}.{number}", 0) + _stored_bytes(source)
+        elif inside.removesuffix(".weight") in MODULATION:
+            once.setdefault(f"{stack}.{number}", []).append(source)
         else:
             found.setdefault((stack, int(number)), []).append(source)
     keys = sorted(found, key=lambda key: (key[0] != "transformer_blocks", key[1]))
     blocks = tuple(_block(key, found[key]) for key in keys)
-    in_blocks = [
-        source for name, source in part.sources.items() if "transformer_blocks." in name and _is_matrix(source)
-    ]
+    once_bytes = [sum(map(_stored_bytes, sources)) for sources in once.values()]
+    in_blocks = (source for sources in (*found.values(), *once.values()) for source in sources)
     expanded = [source for source in in_blocks if _is_expanded(source, dtype)]
     return Model(
         blocks,
@@ -170,8 +170,8 @@ def read_model(part: Part, dtype: str) -> Model:
         head=_head(part),
         small_bytes=sum(_stored_bytes(source) for source in rest if _is_matrix(source)),
         small_elements=sum(math.prod(source.shape) for source in part.sources.values() if not _is_matrix(source)),
-        modulation_bytes=sum(once.values()),
-        modulation_block_bytes=max(once.values(), default=0),
+        modulation_bytes=sum(once_bytes),
+        modulation_block_bytes=max(once_bytes, default=0),
         largest_elements=max((math.prod(source.shape) for source in expanded), default=0),
     )
 

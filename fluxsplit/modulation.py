@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fluxsplit.loading import Loader
+from fluxsplit.memory_plan import MODULATION
 
 Key = tuple[float, float | None, bytes]
 """Noise level, guidance, and the bytes of the pooled text: all that an embedding of time depends on."""
 Rows = tuple[torch.Tensor, ...]
 """What the matrices of one block give, each [1, n]."""
-
-NAMES = ("norm.linear", "norm1.linear", "norm1_context.linear")
-"""The matrices in diffusers' blocks, single and double."""
 
 
 def key(sigma: float, guidance: float | None, pooled: torch.Tensor) -> Key:
@@ -52,13 +50,13 @@ class Modulations:
     """The adaLN matrices of a transformer's blocks, taken out of them, and what they gave."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.matrices: list[nn.Module] = []
+        self.matrices: list[nn.ModuleList] = []
         """Of each block those that it had, to be brought in as blocks are."""
         self._places: list[list[Modulator]] = []
         self._known: dict[Key, list[Rows]] = {}
         for block in blocks:
             named = dict(block.named_modules())
-            linears = [(name, named[name]) for name in NAMES if name in named]
+            linears = [(name, named[name]) for name in MODULATION if name in named]
             places = [Modulator(linear) for _, linear in linears]
             for (name, _), place in zip(linears, places, strict=True):
                 block.set_submodule(name, place)
@@ -73,7 +71,7 @@ class Modulations:
         activated = [F.silu(embedding) for embedding in embeddings.values()]
         for number, matrices in enumerate(self.matrices):
             with loader.brought_in(number):
-                made = [torch.cat([linear(x) for x in activated]).cpu() for linear in self._linears(matrices)]
+                made = [torch.cat([linear(x) for x in activated]).cpu() for linear in matrices]
             for row, rows in enumerate(self._known.values()):
                 rows.append(tuple(part[row : row + 1] for part in made))
 
@@ -92,7 +90,3 @@ class Modulations:
         every: Iterable[torch.Tensor | None] = [None] * len(places) if rows is None else rows
         for place, given in zip(places, every, strict=True):
             place.given = given
-
-    @staticmethod
-    def _linears(matrices: nn.Module) -> list[nn.Module]:
-        return list(matrices.children())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         fleeting = every if plan.streamed else frozenset[int]()
         return Placed(
             ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read),
-            lambda: ReadAhead(matrices, files, fleeting, told.read),
+            lambda: ReadAhead(matrices, files, fleeting, told.read, once=True),
         )
     inside = {id(child) for block in flux.blocks for child in block.modules()}
     for child in flux.module.modules():
@@ -97,9 +98,8 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         ahead=plan.slots > 1,
         on_read=told.read,
     )
-    return Placed(
-        blocks, lambda: Streaming(matrices, files, flux.device, piece_bytes=ONCE_PIECE_BYTES, on_read=told.read)
-    )
+    before: dict[str, Any] = {"once": True, "piece_bytes": ONCE_PIECE_BYTES, "on_read": told.read}
+    return Placed(blocks, lambda: Streaming(matrices, files, flux.device, **before))
 
 
 class _Load:

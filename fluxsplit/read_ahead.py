@@ -26,10 +26,19 @@ class ReadAhead:
     """A loader for blocks whose matrices are views of a map."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], files: WeightFiles, streamed: frozenset[int], on_read: OnRead
+        self,
+        blocks: Sequence[nn.Module],
+        files: WeightFiles,
+        streamed: frozenset[int],
+        on_read: OnRead,
+        *,
+        once: bool = False,
     ) -> None:
-        """`streamed` are the blocks that do not stay in the page cache; `on_read` is told what is asked for."""
-        self._files, self._streamed, self._on_read = files, streamed, on_read
+        """`streamed` are the blocks that do not stay in the page cache; `on_read` is told what is asked for.
+
+        With `once` nothing is asked for ahead of a next pass.
+        """
+        self._files, self._streamed, self._on_read, self._once = files, streamed, on_read, once
         self._layouts = [layout(block) for block in blocks]
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._asked: set[int] = set()
@@ -46,7 +55,8 @@ class ReadAhead:
         """
         self._files.check_unchanged()
         for following in range(number, number + BLOCKS_AHEAD + 1):
-            self._ask(following % len(self._layouts))
+            if following < len(self._layouts) or not self._once:
+                self._ask(following % len(self._layouts))
         if self._failure is not None or not self._thread.is_alive():
             raise _ended(self._failure)
         yield

@@ -127,12 +127,13 @@ def _batches(numbers: Sequence[int], most: int) -> Iterator[Sequence[int]]:
 def _prepare(model: _Model, job: SampleJob, numbers: Sequence[int]) -> None:
     """Compute the modulations of all steps of these images."""
     times: list[tuple[float, float | None, torch.Tensor]] = []
+    pooled: dict[str, torch.Tensor] = {}
     for image in (job.images[number] for number in numbers):
         texts = [image.conditioning, *([image.negative_conditioning] if image.cfg != 1 else [])]
         with suppress(FluxsplitError):  # told when its picture is made
             recipe = _recipe(model, image)
-            pooled = [_conditioning(model.flux, text).pooled for text in texts]
-            times += [(sigma, recipe.guidance, one) for one in pooled for sigma in recipe.sigmas if sigma > 0]
+            pooled |= {text: _conditioning(model.flux, text).pooled for text in texts if text not in pooled}
+            times += [(sigma, recipe.guidance, pooled[text]) for text in texts for sigma in recipe.sigmas if sigma > 0]
     if not times:
         return
     loader = model.placed.modulations()

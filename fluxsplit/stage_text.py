@@ -57,7 +57,7 @@ def _loader(t5: T5, files: WeightFiles, device: torch.device) -> Streaming | Rea
     would push out what others have there: then they are given back.
     """
     if device.type != "cpu":
-        return Streaming(t5.blocks, files, device)
+        return Streaming(t5.blocks, files, device, once=True)
     block_bytes = sum(layout(block).bytes for block in t5.blocks)
     fleeting = range(len(t5.blocks) if block_bytes > CACHE_SHARE * free_ram_bytes() else 0)
-    return ReadAhead(t5.blocks, files, frozenset(fleeting), lambda count: None)
+    return ReadAhead(t5.blocks, files, frozenset(fleeting), lambda count: None, once=True)

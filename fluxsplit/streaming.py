@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import queue
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -92,7 +92,7 @@ class _Slot:
 
 
 class Streaming:
-    """Brings in blocks in the order 0, 1, ..., n-1, 0, 1, ...; those in `resident` once, before the first."""
+    """Brings in blocks in the order 0, 1, ..., n-1, 0, 1, ..., with `once` no further; those in `resident` before."""
 
     def __init__(
         self,
@@ -103,6 +103,7 @@ class Streaming:
         resident: frozenset[int] = frozenset(),
         slots: int = 2,
         ahead: bool = True,
+        once: bool = False,
         in_pieces: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
         on_read: OnRead = lambda count: None,
@@ -114,19 +115,18 @@ class Streaming:
         self._files, self._device, self._on_read = files, device, on_read
         self._layouts = [layout(block, as_mapped=device.type == "cpu") for block in blocks]
         self._streamed = frozenset(range(len(blocks))) - resident
-        self._order = itertools.cycle(sorted(self._streamed))
+        order = sorted(self._streamed)
+        self._order = iter(order) if once else itertools.cycle(order)
         self._fresh = set(self._streamed)
         through = device.type == "cuda" if in_pieces is None else in_pieces
         self._reader = Reader(files, in_pieces=through, piece_bytes=piece_bytes, with_thread=ahead)
         self._load([self._layouts[number] for number in sorted(resident)])
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
-        self._slots = [_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0)]
+        self._free = deque(_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0))
+        self._coming: deque[_Slot] = deque()
         self._ahead = ahead
-        self._coming: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        for slot in self._slots:
-            if ahead:
-                self._fill(slot)
-            self._coming.put(slot)
+        for _ in range(len(self._free) if ahead else 0):
+            self._fill_next()
 
     @contextlib.contextmanager
     def brought_in(self, number: int) -> Iterator[None]:
@@ -137,20 +137,21 @@ class Streaming:
         if number not in self._streamed:
             yield
             return
-        slot = self._coming.get()
         if not self._ahead:
-            self._fill(slot)
-        if slot.number != number:
-            raise FluxsplitError(f"block {number} was asked for when block {slot.number} was next", "this is a bug")
+            self._fill_next()
+        if not self._coming or self._coming[0].number != number:
+            coming = [slot.number for slot in self._coming]
+            raise FluxsplitError(f"block {number} was asked for when {coming} were coming", "this is a bug")
+        slot = self._coming.popleft()
         assert slot.filling is not None
         self._wait(slot.filling, self._layouts[number])
         attach(self._layouts[number], slot.memory)
         try:
             yield
         finally:
+            self._free.append(slot)
             if self._ahead:
-                self._fill(slot)
-            self._coming.put(slot)
+                self._fill_next()
 
     def close(self) -> None:
         """End the reader thread and let go of the slots; blocks cannot be brought in afterwards."""
@@ -158,15 +159,20 @@ class Streaming:
         for number in self._streamed:
             detach(self._layouts[number])
 
-    def _fill(self, slot: _Slot) -> None:
-        """Begin to bring in whichever block is next, after all that was computed from the slot so far."""
+    def _fill_next(self) -> None:
+        """Begin to bring in whichever block is next, if one is, after all that was computed from its slot so far."""
+        number = next(self._order, None)
+        if number is None:
+            return
+        slot = self._free.popleft()
         if slot.stream is not None:
             used = torch.cuda.Event()
             used.record(torch.cuda.current_stream(self._device))
             slot.stream.wait_event(used)
-        slot.number = next(self._order)
-        slot.filling = self._begin(self._layouts[slot.number], slot.memory, slot.stream, slot.number in self._fresh)
-        self._fresh.discard(slot.number)
+        slot.number = number
+        slot.filling = self._begin(self._layouts[number], slot.memory, slot.stream, number in self._fresh)
+        self._fresh.discard(number)
+        self._coming.append(slot)
 
     def _begin(self, layout: Layout, memory: torch.Tensor, stream: torch.cuda.Stream | None, fresh: bool) -> Filling:
         runs = [

@@ -89,8 +89,8 @@ class Flux:
 
         `loader` brings in `modulations.matrices`. A forward that was not prepared computes its own.
         """
-        embeddings = {time_key(*time): self._embed_time(*time) for time in times}
-        self.modulations.compute(embeddings, loader)
+        different = {time_key(*time): time for time in times}
+        self.modulations.compute({key: self._embed_time(*time) for key, time in different.items()}, loader)
 
     @torch.inference_mode()
     def velocities(self, forwards: Sequence[Forward]) -> list[torch.Tensor]:

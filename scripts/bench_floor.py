@@ -20,11 +20,12 @@ from bench_watch import drop_from_cache, read_s
 from fluxsplit import checkpoint
 from fluxsplit.checkpoint import Part
 from fluxsplit.device import DTYPE_NAMES, pick_device, pick_dtype
+from fluxsplit.memory_plan import MODULATION
 from fluxsplit.rates import feed_bytes_per_s
 
 TIMES = 3
-NEEDED_ONCE = (".norm.linear.weight", ".norm1.linear.weight", ".norm1_context.linear.weight")
-"""adaLN matrices of the blocks, which are no part of a step (`fluxsplit/modulation.py`)."""
+NEEDED_ONCE = tuple(f".{name}.weight" for name in MODULATION)
+"""No part of a step."""
 TRANSFER_BYTES = 1 << 28
 
 

@@ -282,3 +282,13 @@ def test_events_are_json_lines() -> None:
         "results": 0,
         "failures": 0,
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="segments grow on Linux alone")
+def test_segments_grow_unless_the_person_says_otherwise_or_a_card_may_be_amds(tmp_path: Path) -> None:
+    none = tmp_path / "no such folder"
+    assert child_environment({}, none)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in child_environment({}, tmp_path), "ROCm's list of cards is there"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        got = child_environment({name: "own"}, none)
+        assert {key: value for key, value in got.items() if "ALLOC_CONF" in key} == {name: "own"}

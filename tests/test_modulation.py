@@ -15,7 +15,7 @@ from small_flux import by_seed, image, sample, write_conditioning, write_flux
 from fluxsplit import checkpoint
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.loading import EveryBlockThere
-from fluxsplit.modulation import NAMES
+from fluxsplit.memory_plan import MODULATION
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
 from fluxsplit.weights import StoredLinear, WeightFiles
@@ -45,7 +45,7 @@ def times(asked: list[Forward]) -> list[tuple[float, float | None, torch.Tensor]
 
 
 def is_modulation(name: str) -> bool:
-    return name.startswith(("transformer_blocks", "single_transformer_blocks")) and name.endswith(NAMES)
+    return name.startswith(("transformer_blocks", "single_transformer_blocks")) and name.endswith(MODULATION)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_they_may_be_brought_in_and_leave_nothing_behind(tmp_path: Path, text: C
     wanted = flux.velocities(asked)
     places = [place for matrices in flux.modulations.matrices for place in layout(matrices).places]
     loader = Streaming(flux.modulations.matrices, files, flux.device, in_pieces=True, piece_bytes=1000)
-    slots = [weakref.ref(slot.memory) for slot in loader._slots]
+    slots = [weakref.ref(slot.memory) for slot in (*loader._coming, *loader._free)]
     flux.prepare(times(asked), loader)
     assert all(place.linear.stored.data_ptr() != place.mapped.data_ptr() for place in places)
     loader.close()

@@ -19,6 +19,7 @@ from fluxsplit import checkpoint
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.read_ahead import ReadAhead, spans
+from fluxsplit.reader import Reader
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
 from fluxsplit.weights import WeightFiles
@@ -130,6 +131,29 @@ def test_a_pass_reads_every_streamed_byte_once_however_many_pictures(
         assert count.bytes == stays + passes * (everything - stays)
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_is_needed_once_is_brought_in_once(
+    path: Path, text: Conditioning, ahead: bool, loaders: list[Streaming | ReadAhead]
+) -> None:
+    flux, files = load(path)
+    wanted, count = flux.velocities(forwards(text)), Count()
+    loader = Streaming(flux.blocks, files, CPU, once=True, ahead=ahead, on_read=count)
+    loaders.append(loader)
+    flux.loader = loader
+    assert all(torch.equal(a, b) for a, b in zip(flux.velocities(forwards(text)), wanted, strict=True))
+    assert count.bytes == block_bytes(flux) and not loader._coming
+    with pytest.raises(FluxsplitError, match="block 0 was asked for"):
+        flux.velocities(forwards(text))
+    mapped = Count()
+    ahead_of_it = ReadAhead(flux.blocks, files, frozenset(range(BLOCKS)), mapped, once=True)
+    loaders.append(ahead_of_it)
+    loader.close()
+    flux.loader = ahead_of_it
+    assert all(torch.equal(a, b) for a, b in zip(flux.velocities(forwards(text)), wanted, strict=True))
+    ahead_of_it.close()
+    assert mapped.bytes == block_bytes(flux), "not the first two again"
+
+
 def test_eight_latents_all_streamed_have_the_bits_of_their_single_runs(tmp_path: Path, path: Path) -> None:
     """Through the stage: eight 512x512 pictures in one call against each alone, nothing staying."""
     texts = [write_conditioning(tmp_path / f"text-{n}", n) for n in range(2)]
@@ -170,6 +194,16 @@ def test_a_reader_thread_that_is_killed_stops_the_run(path: Path, text: Conditio
     with pytest.raises(FluxsplitError, match=r"thread that reads the weights (was )?ended"):
         for _ in range(5):  # a pass may still find its slots filled
             flux.velocities(forwards(text))
+
+
+def test_a_reader_thread_that_is_gone_without_a_word_stops_the_run(
+    path: Path, text: Conditioning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reader, "_work", lambda self: None)
+    flux, files = load(path)
+    streaming(flux, files)
+    with pytest.raises(FluxsplitError, match="the thread that reads the weights ended"):
+        flux.velocities(forwards(text))
 
 
 def test_a_reader_thread_that_is_killed_at_a_read_stops_the_run(
