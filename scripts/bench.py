@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,6 +70,8 @@ class Watched:
     peak_anonymous_bytes: int = 0
     steps: list[Usage] = field(default_factory=list)
     """Before the first step and after each."""
+    moved_bytes: list[int] = field(default_factory=list)
+    """Read for the card so far, after each step."""
     plan: dict[str, Any] = field(default_factory=dict)
     device_bytes: dict[str, int] = field(default_factory=dict)
     latents_sha256: list[str] = field(default_factory=list)
@@ -107,6 +110,8 @@ def take(seen: Watched, event: dict[str, Any], now: Usage) -> None:
     """Keep the first usage as the start of the first step, then one for each step."""
     if not seen.steps or event["event"] == "step":
         seen.steps.append(now)
+    if event["event"] == "step":
+        seen.moved_bytes.append(event["moved_bytes"])
 
 
 def sample_job(args: argparse.Namespace, cap_bytes: int, folder: Path) -> SampleJob:
@@ -155,7 +160,7 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         "step_cpu_s": round(cpu_s, 2),
         "step_system_s": round(median(after.system_s - before.system_s for before, after in warm), 2),
         "disk_bytes_per_step": round(median(after.disk_bytes - before.disk_bytes for before, after in warm)),
-        "read_bytes_per_pass": round(median(after.read_bytes - before.read_bytes for before, after in warm)),
+        "read_bytes_per_pass": round(median(b - a for a, b in pairwise(seen.moved_bytes))),
         "moved_bytes_per_s": round(moved_bytes / step_s),
         "planned_over_measured_peak": round(seen.plan["peak_bytes"] / measured_bytes(args, seen), 3),
         "planned_over_measured_s": round(planned_s(args, seen.plan) / step_s, 3),

@@ -1,4 +1,4 @@
-"""Runs a stage as the product does, with the card's allocator capped, and notes the allocator's peaks at the end.
+"""Runs a stage as the product does, the card's allocator capped; notes its peaks, and at each step the bytes moved.
 
     python scripts/bench_stage.py STAGE REPORT CAP_BYTES        # 0 for no cap
 
@@ -17,6 +17,7 @@ import torch
 
 from fluxsplit import stages
 from fluxsplit.events import Events
+from fluxsplit.reader import Filling, Reader
 
 
 def main() -> int:
@@ -25,18 +26,38 @@ def main() -> int:
     if cap_bytes and torch.cuda.is_available():
         total_bytes = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total_bytes))
-    report_before_the_end(report)
+    report_on_the_way(report, moved := Moved())
+    moved.count()
     sys.argv = ["stages", stage]
     return stages.main()
 
 
-def report_before_the_end(report: Path) -> None:
+class Moved:
+    """Bytes of weights that were read for the card so far; none on a CPU, which computes from the map."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def count(self) -> None:
+        """From now on count what every reader brings in."""
+        bring = Reader._bring
+
+        def counting(reader: Reader, filling: Filling) -> None:
+            bring(reader, filling)
+            self.bytes += sum(run.memory.numel() for run in filling.runs)
+
+        Reader._bring = counting  # type: ignore[method-assign, assignment]
+
+
+def report_on_the_way(report: Path, moved: Moved) -> None:
     """Write REPORT ahead of the event that ends the stage: whoever reads that closes stdin, and the process ends."""
     send = Events.send
 
     def telling(self: Events, event: str, **fields: Any) -> None:
         if event in ("done", "error"):
             report.write_text(json.dumps(peaks()))
+        if event == "step":
+            fields["moved_bytes"] = moved.bytes
         send(self, event, **fields)
 
     Events.send = telling  # type: ignore[method-assign]

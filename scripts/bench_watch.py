@@ -23,8 +23,6 @@ class Usage:
     """The kernel's share of it: page faults, mostly."""
     disk_bytes: int
     """Fetched from the storage, page faults included; 0 where the kernel does not tell."""
-    read_bytes: int
-    """Asked of files by reading, from wherever their pages were; what is mapped does not count."""
 
 
 class AnonymousPeak:
@@ -59,16 +57,15 @@ def usage(pid: int) -> Usage:
     """What the process `pid` has used by now; raises OSError once it is gone."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     user, system = int(fields[11]) * _TICK_S, int(fields[12]) * _TICK_S
-    return Usage(time.monotonic(), user + system, system, *_input_bytes(pid))
+    return Usage(time.monotonic(), user + system, system, _disk_bytes(pid))
 
 
-def _input_bytes(pid: int) -> tuple[int, int]:
+def _disk_bytes(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:
-        return 0, 0
-    counts = dict(line.split(": ") for line in lines)
-    return int(counts.get("read_bytes", 0)), int(counts.get("rchar", 0))
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), 0)
 
 
 def drop_from_cache(path: Path) -> None:

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_flux import write_flux
 
 import bench_floor
 import bench_fp8
 import synthetic_checkpoint
+from bench_stage import Moved
 from bench_watch import AnonymousPeak, usage
 from fluxsplit import checkpoint, fp8
+from fluxsplit.reader import Reader
+from fluxsplit.streaming import Streaming, layout
+from fluxsplit.transformer import Flux
+from fluxsplit.weights import WeightFiles
 
 
 def header_only(path: Path, shapes: synthetic_checkpoint.Shapes) -> Path:
@@ -45,6 +51,20 @@ def test_a_wrong_expansion_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     true = fp8.expand
     monkeypatch.setattr(fp8, "expand", lambda codes, dtype: true(codes, dtype) * (codes.float() != 1.5))
     assert bench_fp8.compare_codes(fp8.FLOAT8[0], torch.bfloat16, torch.device("cpu"))[0] < 254
+
+
+def test_what_is_read_for_a_card_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_flux(tmp_path / "flux.safetensors")
+    flux = Flux(checkpoint.part(path, "transformer"), files := WeightFiles(), torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(Reader, "_bring", Reader._bring)  # put back afterwards
+    moved = Moved()
+    moved.count()
+    loader = Streaming(flux.blocks, files, flux.device, once=True, in_pieces=True)
+    for number in range(len(flux.blocks)):
+        with loader.brought_in(number):
+            pass
+    loader.close()
+    assert moved.bytes == sum(place.span.bytes for block in flux.blocks for place in layout(block).places) > 0
 
 
 def test_a_process_is_seen_to_take_memory_and_time() -> None:
