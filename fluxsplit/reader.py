@@ -12,7 +12,6 @@ was tried too: taking a pin away waits until the card is idle (docs/decisions.md
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections import deque
@@ -52,7 +51,7 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class Filling:
-    """Runs that are being brought in; on a card their copies go to `stream`."""
+    """Runs that are being brought in; in pieces their copies go to `stream`."""
 
     runs: Sequence[Run]
     stream: torch.cuda.Stream | None
@@ -134,12 +133,12 @@ class Reader:
         if piece.copied is not None:
             piece.copied.synchronize()
         piece.memory[: stop - start].copy_(file.bytes_at(start, stop))
-        with _on(filling.stream):
+        assert filling.stream is not None
+        with torch.cuda.stream(filling.stream):
             for run in runs:
                 run.memory.copy_(piece.memory[run.start - start : run.stop - start], non_blocking=True)
-            if filling.stream is not None:
-                piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
-                piece.copied.record(filling.stream)
+        piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
+        piece.copied.record(filling.stream)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,10 +146,6 @@ class _Piece:
     memory: torch.Tensor
     copied: torch.cuda.Event | None = None
     """When its last copies have left it."""
-
-
-def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:

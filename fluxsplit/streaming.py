@@ -104,13 +104,13 @@ class Streaming:
         slots: int = 2,
         ahead: bool = True,
         once: bool = False,
-        in_pieces: bool | None = None,
+        as_card: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
         on_read: OnRead = lambda count: None,
     ) -> None:
         """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does.
 
-        `in_pieces`, which a card needs, is for tests of a CPU.
+        `as_card` is for tests of a CPU: through pinned pieces and streams, as a card needs it.
         """
         self._files, self._device, self._on_read = files, device, on_read
         self._layouts = [layout(block, as_mapped=device.type == "cpu") for block in blocks]
@@ -118,8 +118,8 @@ class Streaming:
         order = sorted(self._streamed)
         self._order = iter(order) if once else itertools.cycle(order)
         self._fresh = set(self._streamed)
-        through = device.type == "cuda" if in_pieces is None else in_pieces
-        self._reader = Reader(files, in_pieces=through, piece_bytes=piece_bytes, with_thread=ahead)
+        self._as_card = device.type == "cuda" if as_card is None else as_card
+        self._reader = Reader(files, in_pieces=self._as_card, piece_bytes=piece_bytes, with_thread=ahead)
         self._load([self._layouts[number] for number in sorted(resident)])
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
         self._free = deque(_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0))
@@ -154,8 +154,14 @@ class Streaming:
                 self._fill_next()
 
     def close(self) -> None:
-        """End the reader thread and let go of the slots; blocks cannot be brought in afterwards."""
+        """End the reader thread and let go of the slots; blocks cannot be brought in afterwards.
+
+        What has begun to come still comes: whoever gets the slots' memory next is behind it.
+        """
         self._reader.close()
+        for slot in (*self._coming, *self._free):
+            if slot.stream is not None:
+                torch.cuda.current_stream(self._device).wait_stream(slot.stream)
         for number in self._streamed:
             detach(self._layouts[number])
 
@@ -204,7 +210,7 @@ class Streaming:
             attach(one, memory)
 
     def _stream(self) -> torch.cuda.Stream | None:
-        return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        return torch.cuda.Stream(self._device) if self._as_card else None
 
 
 def _aligned(count: int, device: torch.device) -> torch.Tensor:

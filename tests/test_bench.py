@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated_card import Card
 from small_flux import write_flux
 
 import bench_floor
@@ -56,10 +57,11 @@ def test_a_wrong_expansion_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_read_for_a_card_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_flux(tmp_path / "flux.safetensors")
     flux = Flux(checkpoint.part(path, "transformer"), files := WeightFiles(), torch.float32, torch.device("cpu"))
+    Card(monkeypatch, at_once=True)
     monkeypatch.setattr(Reader, "_bring", Reader._bring)  # put back afterwards
     moved = Moved()
     moved.count()
-    loader = Streaming(flux.blocks, files, flux.device, once=True, in_pieces=True)
+    loader = Streaming(flux.blocks, files, flux.device, once=True, as_card=True)
     for number in range(len(flux.blocks)):
         with loader.brought_in(number):
             pass

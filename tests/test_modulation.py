@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_card import Card
 from small_flux import by_seed, image, sample, write_conditioning, write_flux
 
 from fluxsplit import checkpoint
@@ -80,13 +81,16 @@ def test_prepared_forwards_have_the_bits_of_others(
     assert len({velocity.sum().item() for velocity in got}) == len(asked)
 
 
-def test_they_may_be_brought_in_and_leave_nothing_behind(tmp_path: Path, text: Conditioning) -> None:
+def test_they_may_be_brought_in_and_leave_nothing_behind(
+    tmp_path: Path, text: Conditioning, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a card: through pieces into slots, of which nothing is held afterwards."""
+    Card(monkeypatch, at_once=True)
     flux, files = load(write_flux(tmp_path / "flux"), torch.float32)
     asked = forwards(text, None)
     wanted = flux.velocities(asked)
     places = [place for matrices in flux.modulations.matrices for place in layout(matrices).places]
-    loader = Streaming(flux.modulations.matrices, files, flux.device, in_pieces=True, piece_bytes=1000)
+    loader = Streaming(flux.modulations.matrices, files, flux.device, as_card=True, piece_bytes=1000)
     slots = [weakref.ref(slot.memory) for slot in (*loader._coming, *loader._free)]
     flux.prepare(times(asked), loader)
     assert all(place.linear.stored.data_ptr() != place.mapped.data_ptr() for place in places)

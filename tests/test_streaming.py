@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_card import Card
 from small_flux import image, sample, write_conditioning, write_flux
 
 from fluxsplit import checkpoint
@@ -75,9 +76,15 @@ def block_bytes(flux: Flux) -> int:
 @pytest.mark.parametrize("stored", ["e4m3", "e5m2", "bf16", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_is_resident_to_the_bit(
-    tmp_path: Path, text: Conditioning, stored: str, dtype: torch.dtype, loaders: list[Streaming | ReadAhead]
+    tmp_path: Path,
+    text: Conditioning,
+    stored: str,
+    dtype: torch.dtype,
+    loaders: list[Streaming | ReadAhead],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over random plans: which blocks stay, how many slots, thread or none, how often."""
+    """Over random plans: which blocks stay, how many slots, thread or none, a card's pieces or not, how often."""
+    Card(monkeypatch, at_once=True)
     path = write_flux(tmp_path / "weights", stored)
     flux, _ = load(path, dtype)
     wanted = flux.velocities(forwards(text))
@@ -88,13 +95,43 @@ def test_streamed_is_resident_to_the_bit(
         resident = frozenset(n for n in range(BLOCKS) if generator.random() < 0.4)
         ahead = generator.random() < 0.6
         slots = generator.choice([2, 3] if ahead else [1, 2])
-        how: dict[str, Any] = {"in_pieces": generator.random() < 0.5, "piece_bytes": generator.choice([1000, 1 << 20])}
+        how: dict[str, Any] = {"as_card": generator.random() < 0.5, "piece_bytes": generator.choice([1000, 1 << 20])}
         loader = Streaming(flux.blocks, files, CPU, resident=resident, slots=slots, ahead=ahead, **how)
         loaders.append(loader)
         flux.loader = loader
         for _ in range(generator.choice([1, 3])):
             got = flux.velocities(forwards(text))
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (resident, slots, ahead, how)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soon(
+    path: Path, ahead: bool, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every order that the events allow: a computation sees the block it was given, as often as it is brought in."""
+    for seed in range(12):
+        card = Card(monkeypatch, seed)
+        flux, files = load(path)
+        how: dict[str, Any] = {"as_card": True, "piece_bytes": 1 << (11 + seed % 4), "slots": slots, "ahead": ahead}
+        loader = Streaming(flux.blocks, files, CPU, resident=frozenset({seed % BLOCKS}), **how)
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for number in [*range(BLOCKS)] * 3:
+            with loader.brought_in(number):
+                for place in loader._layouts[number].places:
+                    wanted = place.mapped.view(torch.uint8)
+                    seen.append((torch.zeros_like(wanted), wanted))
+                    seen[-1][0].copy_(place.linear.stored.view(torch.uint8), non_blocking=True)
+        for slot in loader._coming if seed % 2 else ():  # with copies under way
+            assert slot.filling is not None and slot.filling.done.wait(30)
+        loader.close()
+        over = [slot.memory for slot in (*loader._coming, *loader._free)]
+        for memory in over:  # as whoever is given this memory next
+            memory.copy_(torch.full_like(memory, 7), non_blocking=True)
+        card.run()
+        assert card.copies > 3 * BLOCKS
+        assert all(torch.equal(got, wanted) for got, wanted in seen)
+        assert all(bool((memory == 7).all()) for memory in over)
 
 
 @pytest.mark.parametrize("streamed", [(), (0, 3), tuple(range(BLOCKS))])
