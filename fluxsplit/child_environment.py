@@ -6,9 +6,11 @@ Variables that must precede `import torch` are set here, each only where the per
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,9 @@ def own_process_group() -> dict[str, Any]:
 def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES, *, stage: str = "") -> dict[str, str]:
     """`base` with what a stage needs set, where it is not set already."""
     environment = _DEFAULTS | _OF_STAGE.get(stage, {}) | dict(base)
-    if sys.platform == "linux" and not kfd_nodes.is_dir() and not any(name in base for name in _ALLOCATOR_SETTINGS):
+    if sys.platform == "linux" and not is_rocm() and not any(name in base for name in _ALLOCATOR_SETTINGS):
         # Segments that grow: else what was freed in one size is of no use for another, 0.7 GB of a 13 GB plan. Not
-        # where there may be an AMD card: older ROCm warns of it and does without.
+        # with ROCm, of which older ones warn of it and do without.
         environment[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     if "HSA_OVERRIDE_GFX_VERSION" not in base and needs_gfx_override(gfx_versions(kfd_nodes)):
         environment["HSA_OVERRIDE_GFX_VERSION"] = "10.3.0"
@@ -57,6 +59,15 @@ def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES, *, s
         known = [part for part in (str(root), base.get("PYTHONPATH", "")) if part]
         environment["PYTHONPATH"] = ";".join(known) if sys.platform == "win32" else ":".join(known)
     return environment
+
+
+@functools.cache
+def is_rocm() -> bool:
+    """Whether the torch that is installed was built for AMD cards, without importing it."""
+    try:
+        return "+rocm" in version("torch")
+    except PackageNotFoundError:
+        return False
 
 
 def gfx_versions(nodes: Path) -> list[int]:

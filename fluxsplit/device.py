@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import torch
@@ -72,6 +74,15 @@ def exact_fp32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def keep_within(budget_bytes: int, device: torch.device) -> None:
+    """Have torch's allocator take no more of a card than this: it gives back what it holds for later, or raises.
+
+    Windows would otherwise move what is too much to the machine's RAM without a word, and every step with it.
+    """
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes), device)
+
+
 def device_info(device: torch.device) -> DeviceInfo:
     """What a plan has to know of a device, without measuring anything: kind, name, memory, and what is unified."""
     if device.type == "cpu":
@@ -89,7 +100,14 @@ def device_info(device: torch.device) -> DeviceInfo:
         ram_bytes=free_ram_bytes(),
         cores=int(properties.multi_processor_count),
         fused_attention=_has_fused_attention(properties),
+        growing_segments=_has_growing_segments(),
     )
+
+
+def _has_growing_segments() -> bool:
+    """Whether `expandable_segments` is set, and built in: on Windows it is not, with ROCm not everywhere."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return sys.platform == "linux" and torch.version.hip is None and "expandable_segments:true" in settings.lower()
 
 
 def _has_fused_attention(properties: Any) -> bool:

@@ -12,9 +12,10 @@ from fluxsplit.defaults import guidance_of, shift_of, steps_of
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import DeviceJob
 from fluxsplit.memory import DeviceInfo, budget_bytes
-from fluxsplit.memory_plan import MemoryPlan, Model, Work, plan_memory, read_model, text_tokens, tokens_of
+from fluxsplit.memory_plan import MemoryPlan, Model, plan_memory, read_model
 from fluxsplit.progress import bytes_text
 from fluxsplit.sample_plan import Plan
+from fluxsplit.work import tokens_of, work_of
 
 _TITLES = {"transformer": "transformer", "text_encoder": "T5", "clip": "CLIP", "vae": "VAE"}
 _KINDS = {"transformer": "transformer", "text_encoder": "t5", "clip": "clip", "vae": "vae"}
@@ -71,11 +72,7 @@ def memory_plan(plan: Plan) -> tuple[MemoryPlan, DeviceInfo, Model]:
     """
     part_ = part(plan.files.transformer, "transformer")
     contents = describe(plan.files.transformer)
-    work = Work(
-        sizes=tuple((image.width, image.height) for image in plan.images),
-        text_tokens=max(text_tokens(image.conditioning) for image in plan.images),
-        forwards=2 if any(image.cfg != 1 for image in plan.images) else 1,
-    )
+    work = work_of(plan.images, steps_of(variant_of(part_), contents.config))
     sizes = read_model(part_, "bf16")
     tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
     held = contents.parts["transformer"]
@@ -155,7 +152,7 @@ def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:
         ("base", memory.base_bytes, "libraries, small weights"),
         ("scratch", memory.scratch_bytes, "the matrix that is multiplied with"),
         ("activations", memory.activation_bytes, f"of the largest picture{chunk}"),
-        ("states", memory.state_bytes, f"between blocks, of {_pictures(memory.together)}"),
+        ("states", memory.state_bytes, f"between blocks, and modulations, of {_pictures(memory.together)}"),
         ("peak", memory.peak_bytes, "predicted" + (", of anonymous RAM" if on_cpu else ", of the card's memory")),
         ("budget", memory.budget_bytes, f"the smallest that works is {bytes_text(memory.smallest_bytes)}"),
     ]

@@ -47,7 +47,7 @@ class OutOfMemory(FluxsplitError):
     exit_code = 4
 
 
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hiperroroutofmemory")
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hiperroroutofmemory", "_alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
 import threading
+import time
 from typing import Any, TextIO
+
+PARENT_POLL_S = 0.5
 
 
 class Events:
@@ -46,6 +50,15 @@ def read_job() -> str:
 
 
 def _die_with_parent() -> None:
-    while sys.stdin.read(4096):
-        continue
+    if sys.platform == "win32":
+        # A read that waits locks the pipe there: a library that looks at stdin as it is loaded, as OpenBLAS does, would
+        # wait for ever (numpy#24290). To ask whether anybody holds the other end locks nothing.
+        import msvcrt  # noqa: PLC0415  of Windows alone
+
+        pipe = ctypes.c_void_p(msvcrt.get_osfhandle(sys.stdin.fileno()))
+        while ctypes.windll.kernel32.PeekNamedPipe(pipe, None, 0, None, None, None):
+            time.sleep(PARENT_POLL_S)
+    else:
+        while sys.stdin.read(4096):
+            continue
     os._exit(1)

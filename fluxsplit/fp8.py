@@ -105,7 +105,12 @@ def is_exact(method: _Method, device: torch.device, float8: torch.dtype, dtype: 
         out = torch.empty(codes.shape, dtype=dtype, device=device)
         try:
             method(codes.to(device), out, 1.0)
-        except (RuntimeError, NotImplementedError):  # as DirectML, which has no float8 at all
+        except (RuntimeError, NotImplementedError) as error:  # as DirectML, which has no float8 at all
+            if "no kernel image" in str(error) or "invalid device function" in str(error):
+                raise FluxsplitError(
+                    f"torch {torch.__version__} was not built for this card ({device})",
+                    "install a torch build that has it (see the README), or use --device cpu",
+                ) from error
             return False
         finite = exact.isfinite()
         if not torch.equal(out.cpu().to(torch.float32)[finite], exact[finite]):

@@ -1,17 +1,18 @@
 """How much memory a device has and how much of it a stage may take: what is typed (`8G`, `75%`, `auto`), in bytes.
 
-On a graphics card the budget is of its own memory, driver and allocator included. On a CPU it is of anonymous
-memory, which cannot be given back to others; the page cache that holds mapped weights is not counted, because
-the system takes it back whenever it likes.
+On a graphics card the budget is of what torch's allocator takes; the driver has taken its part before `auto` looks at
+what is free. On a CPU it is of anonymous memory, which cannot be given back to others; the page cache that holds
+mapped weights is not counted, because the system takes it back whenever it likes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from fluxsplit.errors import UsageError
 
@@ -57,6 +58,8 @@ class DeviceInfo:
     cores: int = 1
     fused_attention: bool = True
     """False where attention would materialise the score matrix (RDNA2): it is then computed in chunks of queries."""
+    growing_segments: bool = True
+    """False where torch's allocator cannot use what was freed in one size for another (Windows, AMD)."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -100,26 +103,19 @@ def auto_bytes(device: DeviceInfo) -> int:
 
 
 def free_ram_bytes() -> int:
-    """RAM that a process can still get without swapping; a container's limit counts. 0 where nobody tells."""
-    free = _meminfo("MemAvailable")
-    if free is None:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """RAM that a process can still get without swapping; a container's limit counts."""
+    free = int(psutil.virtual_memory().available)
     limit, used = _container("memory.max"), _container("memory.current")
     if limit is not None and used is not None:
-        room = max(0, limit - used + (_container_file_bytes() or 0))
-        free = room if free is None else min(free, room)
-    return free or 0
+        free = min(free, max(0, limit - used + (_container_file_bytes() or 0)))
+    return free
 
 
 def total_ram_bytes() -> int:
     """RAM of the machine, or of the container that limits it."""
-    total = _meminfo("MemTotal")
-    if total is None:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _container("memory.max")
-    return min(value for value in (total, limit, 1 << 62) if value is not None) if total or limit else 0
+    total = int(psutil.virtual_memory().total)
+    return total if limit is None else min(total, limit)
 
 
 def _amount(text: str) -> int | None:
@@ -140,14 +136,6 @@ def _share(text: str) -> float | None:
     if not 0 < percent <= 100:
         raise UsageError(f"--vram {text!r} is outside 0%..100%", _HINT)
     return percent / 100
-
-
-def _meminfo(name: str) -> int | None:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _container(name: str) -> int | None:

@@ -15,15 +15,14 @@ Activations are modelled as bytes for each token and hidden channel, fitted to m
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fluxsplit.checkpoint import Part, Source
-from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.errors import UsageError
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.safetensor_header import read_header
+from fluxsplit.work import PREPARED_TOGETHER, Work, tokens_of
 
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
@@ -40,10 +39,13 @@ MODULATION = ("norm.linear", "norm1.linear", "norm1_context.linear")
 """The matrices of diffusers' blocks, single and double, that are needed before the first step only (`modulation`)."""
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SCORE_VALUE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}
+"""Of a score in attention by chunks, which `attention` forms in fp32 where the dtype has too few digits."""
+FRAGMENTED = 0.06
+"""What torch's allocator reserves besides what it is asked for, as a share of it, where its segments cannot grow: 13.26
+GB for a plan of 12.64, measured on an H200."""
 SCORE_BYTES = 256_000_000
 """Largest piece of a score matrix where attention is computed in chunks of queries."""
-MIN_TEXT_TOKENS = 256
-"""ComfyUI pads to 256 for dev and schnell alike."""
 FLUX_HEAD = 128
 CACHE_MARGIN = 0.95
 ELEMENTWISE = 8.0
@@ -80,19 +82,10 @@ class Model:
     """Of `MODULATION`, as stored; no part of the blocks' own."""
     modulation_block_bytes: int
     """Of the block that has most of them."""
+    modulation_outputs: int
+    """What all of them give for one embedding, in values."""
     largest_elements: int
     """Of the largest matrix that has to be expanded; 0 where all are stored in the compute dtype."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is to be computed: the pictures of one command."""
-
-    sizes: tuple[tuple[int, int], ...]
-    """Width and height in pixels of each picture, one entry each."""
-    text_tokens: int
-    forwards: int = 1
-    """For each picture and prediction: 2 with true guidance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +155,7 @@ def read_model(part: Part, dtype: str) -> Model:
     keys = sorted(found, key=lambda key: (key[0] != "transformer_blocks", key[1]))
     blocks = tuple(_block(key, found[key]) for key in keys)
     once_bytes = [sum(map(_stored_bytes, sources)) for sources in once.values()]
+    once_outputs = sum(source.shape[0] for sources in once.values() for source in sources)
     in_blocks = (source for sources in (*found.values(), *once.values()) for source in sources)
     expanded = [source for source in in_blocks if _is_expanded(source, dtype)]
     return Model(
@@ -172,6 +166,7 @@ def read_model(part: Part, dtype: str) -> Model:
         small_elements=sum(math.prod(source.shape) for source in part.sources.values() if not _is_matrix(source)),
         modulation_bytes=sum(once_bytes),
         modulation_block_bytes=max(once_bytes, default=0),
+        modulation_outputs=once_outputs,
         largest_elements=max((math.prod(source.shape) for source in expanded), default=0),
     )
 
@@ -256,15 +251,21 @@ def _plan(
     slot_bytes = 0 if on_cpu else max((model.blocks[n].bytes for n in streamed), default=0)
     slots = 0 if on_cpu or not streamed else slots
     tokens = sorted((tokens_of(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
-    chunk = _query_chunk(model, tokens[0], size, device)
+    chunk = _query_chunk(model, tokens[0], dtype, device)
     base = CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes
     base += model.small_elements * size
     scratch = int(model.largest_elements * size * (PACKED[size] if on_cpu else 1))
-    activation = _activation_bytes(model, tokens[0], size, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION)
+    activation = _activation_bytes(model, tokens[0], dtype, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION)
     state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
+    # of every step on a CPU, where RAM is what is planned; of the step that is computed on a card
+    kept = work.times * min(work.texts, max(together, PREPARED_TOGETHER))
+    state += (kept if on_cpu else work.forwards * together) * model.modulation_outputs * size
     # before the first step two blocks' modulation matrices are there instead of activations
     held = base + scratch + max(activation + state, 0 if on_cpu else 2 * model.modulation_block_bytes)
     peak = held if on_cpu else held + resident_bytes + slots * slot_bytes
+    if not device.growing_segments and not on_cpu:
+        lost = int(peak * FRAGMENTED)
+        base, peak = base + lost, peak + lost
     streamed_bytes = sum(model.blocks[n].bytes for n in streamed)
     step_s, limit = _step(model, tokens, work.forwards, device, streamed_bytes, together)
     return MemoryPlan(
@@ -295,23 +296,12 @@ def _with_smallest(plan: MemoryPlan, smallest_bytes: int) -> MemoryPlan:
     return replace(plan, smallest_bytes=smallest_bytes)
 
 
-def text_tokens(conditioning: str) -> int:
-    """Of a conditioning file; where it cannot be read, which is reported when its picture is made, and where there is
-    none yet, as many as T5's shortest text is padded to."""
-    if conditioning:
-        with contextlib.suppress(FluxsplitError, KeyError, IndexError):
-            return read_header(conditioning).tensors["t5"].shape[1]
-    return MIN_TEXT_TOKENS
-
-
-def tokens_of(width: int, height: int, text_tokens: int) -> int:
-    """Image and text tokens of a picture."""
-    return -(-width // 16) * -(-height // 16) + text_tokens
-
-
-def _activation_bytes(model: Model, tokens: int, size: int, chunk: int | None, widest: dict[int, float]) -> int:
-    scores = 0 if chunk is None else 3 * chunk * tokens * (model.hidden // model.head) * size
-    return int(tokens * model.hidden * widest[size]) + scores
+def _activation_bytes(model: Model, tokens: int, dtype: str, chunk: int | None, widest: dict[int, float]) -> int:
+    held = int(tokens * model.hidden * widest[DTYPE_BYTES[dtype]])
+    if chunk is None:
+        return held
+    widened = tokens * model.hidden * SCORE_VALUE_BYTES[dtype] if dtype == "bf16" else 0  # the keys
+    return held + widened + 3 * chunk * tokens * (model.hidden // model.head) * SCORE_VALUE_BYTES[dtype]
 
 
 def _state_bytes(model: Model, tokens: int, size: int) -> int:
@@ -319,11 +309,11 @@ def _state_bytes(model: Model, tokens: int, size: int) -> int:
     return tokens * (model.hidden * size + 4 * model.head)
 
 
-def _query_chunk(model: Model, tokens: int, size: int, device: DeviceInfo) -> int | None:
+def _query_chunk(model: Model, tokens: int, dtype: str, device: DeviceInfo) -> int | None:
     """Rows of the score matrix at once, in multiples of 64, where no fused kernel keeps it to itself."""
     if device.fused_attention:
         return None
-    row_bytes = tokens * (model.hidden // model.head) * size
+    row_bytes = tokens * (model.hidden // model.head) * SCORE_VALUE_BYTES[dtype]
     return max(64, min(tokens, SCORE_BYTES // row_bytes // 64 * 64))
 
 

@@ -3,14 +3,15 @@
 A block shifts, scales and gates its activations by vectors that its adaLN matrices make of the timestep, the guidance
 and the pooled text (Peebles and Xie, arXiv 2212.09748). They see one row each and no picture, and the steps' noise
 levels are known before. But in FLUX.1 they are 27 % of all parameters, 3.2 of 11.9 GB in float8, and would be kept or
-moved, and expanded, in every step. So each is brought in once, applied to the embeddings of all steps of the pictures
-to come, one row at a time, which gives the bits that it would give within the step, and is gone. What is kept is 1.1
-million values for each step of a picture.
+moved, and expanded, in every step. So each is brought in and expanded once, applied to the embeddings of all steps of
+the pictures to come, one row at a time, which gives the bits that it would give within the step, and is gone. What is
+kept is 1.1 million values for each step of a picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import nn
 
 from fluxsplit.loading import Loader
 from fluxsplit.memory_plan import MODULATION
+from fluxsplit.weights import StoredLinear
 
 Key = tuple[float, float | None, bytes]
 """Noise level, guidance, and the bytes of the pooled text: all that an embedding of time depends on."""
@@ -70,8 +72,9 @@ class Modulations:
             return
         activated = [F.silu(embedding) for embedding in embeddings.values()]
         for number, matrices in enumerate(self.matrices):
+            linears = cast(Iterable[StoredLinear], matrices)
             with loader.brought_in(number):
-                made = [torch.cat([linear(x) for x in activated]).cpu() for linear in matrices]
+                made = [torch.cat(linear.each(activated)).cpu() for linear in linears]
             for row, rows in enumerate(self._known.values()):
                 rows.append(tuple(part[row : row + 1] for part in made))
 

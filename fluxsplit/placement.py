@@ -8,27 +8,28 @@ from typing import Any
 
 import torch
 
+from fluxsplit import checkpoint
 from fluxsplit.attention import has_fused_attention, use_attention
 from fluxsplit.checkpoint import Part
-from fluxsplit.device import DTYPE_NAMES, device_info
+from fluxsplit.defaults import steps_of
+from fluxsplit.device import DTYPE_NAMES, device_info, keep_within
 from fluxsplit.events import Events
 from fluxsplit.jobs import SampleJob
-from fluxsplit.memory import budget_bytes
+from fluxsplit.memory import budget_bytes, free_ram_bytes
 from fluxsplit.memory_plan import (
+    CACHE_MARGIN,
     ONCE_PIECE_BYTES,
     MemoryPlan,
-    Work,
     plan_memory,
     read_model,
     smaller_budget,
-    text_tokens,
-    tokens_of,
 )
 from fluxsplit.rates import with_file_rates, with_rates
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux
 from fluxsplit.weights import StoredLinear, WeightFiles
+from fluxsplit.work import tokens_of, work_of
 
 WORTH_MEASURING_BYTES = 1 << 29
 """Blocks of this size take seconds a step; what is smaller is over before it could be predicted."""
@@ -36,7 +37,9 @@ WORTH_MEASURING_BYTES = 1 << 29
 
 def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
     """The plan of a job on this device as it is now; raises UsageError where the budget is too small for it."""
-    model, work = read_model(part, DTYPE_NAMES[dtype]), work_of(job)
+    model = read_model(part, DTYPE_NAMES[dtype])
+    config = checkpoint.describe(job.files.transformer).config
+    work = work_of(job.images, steps_of(checkpoint.variant_of(part), config))
     info = device_info(device)
     if not has_fused_attention(device, dtype, model.head):  # tried: a table of cards knows too little
         info = replace(info, fused_attention=False)
@@ -53,16 +56,6 @@ def tell_plan(plan: MemoryPlan, events: Events) -> None:
     smaller = smaller_budget(plan)
     again = None if smaller is None else {"vram": str(smaller), "retried": plan.text()}
     events.send("plan", **asdict(plan), text=plan.text(), smaller=again)
-
-
-def work_of(job: SampleJob) -> Work:
-    """The sizes of a job's pictures and the longest of its texts."""
-    names = {image.conditioning for image in job.images} | {image.negative_conditioning for image in job.images}
-    return Work(
-        sizes=tuple((image.width, image.height) for image in job.images),
-        text_tokens=max(map(text_tokens, names - {""}), default=text_tokens("")),
-        forwards=2 if any(image.cfg != 1 for image in job.images) else 1,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +78,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
             ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read),
             lambda: ReadAhead(matrices, files, fleeting, told.read, once=True),
         )
+    keep_within(plan.budget_bytes, flux.device)
     inside = {id(child) for block in flux.blocks for child in block.modules()}
     for child in flux.module.modules():
         if isinstance(child, StoredLinear) and id(child) not in inside:
@@ -96,6 +90,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         resident=frozenset(plan.resident),
         slots=plan.slots,
         ahead=plan.slots > 1,
+        from_disk=plan.streamed_bytes > free_ram_bytes() * CACHE_MARGIN,
         on_read=told.read,
     )
     before: dict[str, Any] = {"once": True, "piece_bytes": ONCE_PIECE_BYTES, "on_read": told.read}

@@ -126,13 +126,15 @@ class Reader:
         """Runs of one file that fit a piece, gaps between them included."""
         file, start, stop = self._files.open(runs[0].path), runs[0].start, max(run.stop for run in runs)
         file.check_unchanged()  # a page of the map beyond the end of a file that was cut short ends the process
-        if filling.fresh:
-            file.map_pages(start, stop)
+        mapped = not filling.fresh or file.map_pages(start, stop)
         piece = self._ring[0]
         self._ring.rotate(1)
         if piece.copied is not None:
             piece.copied.synchronize()
-        piece.memory[: stop - start].copy_(file.bytes_at(start, stop))
+        if mapped:
+            piece.memory[: stop - start].copy_(file.bytes_at(start, stop))
+        else:  # a fault for every page would take longer than to read what is not there yet
+            file.read_into(_buffer(piece.memory[: stop - start]), start)
         assert filling.stream is not None
         with torch.cuda.stream(filling.stream):
             for run in runs:

@@ -35,10 +35,9 @@ from fluxsplit.schedule import sigmas as scheduled_sigmas
 from fluxsplit.starting_point import starting_point
 from fluxsplit.transformer import Flux, check_conditioning
 from fluxsplit.weights import WeightFiles
+from fluxsplit.work import PREPARED_TOGETHER
 
 SLUG_CHARS = 40
-PREPARED_TOGETHER = 16
-"""Pictures whose modulations are computed in one pass, at least: their matrices are read so much more rarely."""
 _VERSIONED = ("fluxsplit", "torch", "diffusers", "transformers")
 
 

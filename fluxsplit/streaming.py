@@ -104,12 +104,14 @@ class Streaming:
         slots: int = 2,
         ahead: bool = True,
         once: bool = False,
+        from_disk: bool = False,
         as_card: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
         on_read: OnRead = lambda count: None,
     ) -> None:
         """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does.
 
+        `from_disk` says that what streams does not stay in RAM, so that the kernel is asked for it in every pass.
         `as_card` is for tests of a CPU: through pinned pieces and streams, as a card needs it.
         """
         self._files, self._device, self._on_read = files, device, on_read
@@ -117,7 +119,7 @@ class Streaming:
         self._streamed = frozenset(range(len(blocks))) - resident
         order = sorted(self._streamed)
         self._order = iter(order) if once else itertools.cycle(order)
-        self._fresh = set(self._streamed)
+        self._fresh, self._from_disk = set(self._streamed), from_disk
         self._as_card = device.type == "cuda" if as_card is None else as_card
         self._reader = Reader(files, in_pieces=self._as_card, piece_bytes=piece_bytes, with_thread=ahead)
         self._load([self._layouts[number] for number in sorted(resident)])
@@ -177,7 +179,8 @@ class Streaming:
             slot.stream.wait_event(used)
         slot.number = number
         slot.filling = self._begin(self._layouts[number], slot.memory, slot.stream, number in self._fresh)
-        self._fresh.discard(number)
+        if not self._from_disk:
+            self._fresh.discard(number)
         self._coming.append(slot)
 
     def _begin(self, layout: Layout, memory: torch.Tensor, stream: torch.cuda.Stream | None, fresh: bool) -> Filling:

@@ -60,8 +60,10 @@ class _Stream:
         self.text, self.image = block(
             hidden_states=self.image, encoder_hidden_states=self.text, temb=self.temb, image_rotary_emb=self.rope
         )
+        # diffusers clips all in single blocks, only the text in double ones; in place, as two views of one tensor would
+        # become two tensors
         if self.image.dtype == torch.float16:
-            self.image = self.image.clip(-65504, 65504)  # diffusers clips only the text in double blocks
+            self.image.clip_(-65504, 65504)
 
     def is_finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in (self.image, self.text, self.temb))

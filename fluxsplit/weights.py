@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,13 +112,15 @@ class WeightFile:
         else:
             self._advise("MADV_WILLNEED", start, stop)
 
-    def map_pages(self, start: int, stop: int) -> None:
-        """Read these bytes and map their pages (Linux 5.14); does nothing where the kernel cannot. Lets others run."""
-        if sys.platform == "linux":
-            address = self.bytes_at(0, 1).data_ptr()
-            for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES):
-                if _madvise(address + at, min(POPULATE_BYTES, stop - at), MADV_POPULATE_READ):
-                    return
+    def map_pages(self, start: int, stop: int) -> bool:
+        """Read these bytes and map their pages; False where the kernel cannot (Linux 5.14 can). Lets others run."""
+        if sys.platform != "linux":
+            return False
+        address = self.bytes_at(0, 1).data_ptr()
+        return not any(
+            _madvise(address + at, min(POPULATE_BYTES, stop - at), MADV_POPULATE_READ)
+            for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES)
+        )
 
     def give_back(self, start: int, stop: int) -> None:
         """Unmap these bytes and let the kernel forget the pages that lie in them whole."""
@@ -227,19 +230,26 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out], in x's dtype."""
+        return self.each([x])[0]
+
+    def each(self, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What `forward` gives for every one of `xs`, all of one dtype and device, by one expansion of the matrix."""
         self._check()
+        x, count = xs[0], self.stored.shape[0]
         factor = 1.0 if self.scale is None else self.scale
         if self.stored.dtype == x.dtype and self.stored.device == x.device and factor == 1.0:
-            return F.linear(x, self.stored, self.bias)
+            return [F.linear(x, self.stored, self.bias) for x in xs]
         rows = self._scratch.rows(self.stored.shape, x.dtype)
-        if rows == self.stored.shape[0]:
-            return F.linear(x, self._expanded_rows(self.stored, x, factor), self.bias)
-        out = x.new_empty(*x.shape[:-1], self.stored.shape[0])
-        for start in range(0, self.stored.shape[0], rows):
+        if rows == count:
+            matrix = self._expanded_rows(self.stored, x, factor)
+            return [F.linear(x, matrix, self.bias) for x in xs]
+        outs = [x.new_empty(*x.shape[:-1], count) for x in xs]
+        for start in range(0, count, rows):
             piece = slice(start, start + rows)
-            bias = None if self.bias is None else self.bias[piece]
-            out[..., piece] = F.linear(x, self._expanded_rows(self.stored[piece], x, factor), bias)
-        return out
+            matrix, bias = self._expanded_rows(self.stored[piece], x, factor), self.bias
+            for x, out in zip(xs, outs, strict=True):
+                out[..., piece] = F.linear(x, matrix, None if bias is None else bias[piece])
+        return outs
 
     def _expanded_rows(self, stored: torch.Tensor, x: torch.Tensor, factor: float) -> torch.Tensor:
         """Stored rows in the scratch matrix, in x's dtype and on its device."""

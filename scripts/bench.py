@@ -34,11 +34,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import bench_fp8
 from bench_watch import AnonymousPeak, Usage, drop_from_cache, usage
 from fluxsplit import checkpoint
 from fluxsplit.child_environment import child_environment
-from fluxsplit.device import device_name, pick_device
+from fluxsplit.device import pick_device
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
@@ -239,14 +238,20 @@ def measure_peer(args: argparse.Namespace, floor: dict[str, Any], layerwise: boo
     return {**found, "step_s": round(wall_s, 3), "step_cpu_s": round(cpu_s, 2), "step_over_compute": round(over, 3)}
 
 
+def alone(device: torch.device) -> dict[str, Any]:
+    """The device's name and its float8 expansion, by a process that is gone before others need the card's memory."""
+    command = [sys.executable, str(HERE / "bench_fp8.py"), str(device)]
+    found: dict[str, Any] = json.loads(subprocess.check_output(command, text=True, env=environment(1)))
+    return found
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, as it goes to the last line."""
     device = pick_device(args.device)
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "device": device_name(device),
+        **alone(device),
         "threads": args.threads or torch.get_num_threads(),
-        "fp8": bench_fp8.measure(device),
     }
     print(f"float8 e4m3fn to bf16: {result['fp8']['e4m3fn to bf16']}", file=sys.stderr)
     if args.path is None:
@@ -259,7 +264,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result |= {"size": "x".join(map(str, args.size)), "steps": args.steps, "pictures": args.pictures, "floor": floor}
     result["budgets"] = rows = [one_budget(args, int(cap * GB), floor) for cap in args.caps]
     over_resident(args, floor, rows)
-    result["same_bits_at_every_cap"] = len({str(found["latents_sha256"]) for found in rows}) == 1
+    sampled = {str(found["latents_sha256"]) for found in rows if not found.get("error")}
+    result["same_bits_at_every_cap"] = len(sampled) == 1
     if "diffusers" in args.peers:
         result["peers"] = []
         for layerwise in (False, True):

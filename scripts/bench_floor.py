@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from bench_fp8 import best_s
 from bench_watch import drop_from_cache, read_s
 from fluxsplit import checkpoint
+from fluxsplit.attention import attend_in_chunks, has_fused_attention
 from fluxsplit.checkpoint import Part
 from fluxsplit.device import DTYPE_NAMES, pick_device, pick_dtype
 from fluxsplit.memory_plan import MODULATION
-from fluxsplit.rates import feed_bytes_per_s
+from fluxsplit.rates import QUERY_CHUNK, feed_bytes_per_s
 
 TIMES = 3
 NEEDED_ONCE = tuple(f".{name}.weight" for name in MODULATION)
@@ -58,8 +59,14 @@ def compute_s(part: Part, image_tokens: int, text_tokens: int, dtype: torch.dtyp
     heads = part.shape("x_embedder.weight")[0] // head
     query, key, value = (_random((1, heads, image_tokens + text_tokens, head), dtype, device) for _ in range(3))
     blocks = part.count("transformer_blocks.%d.") + part.count("single_transformer_blocks.%d.")
+
+    def attend() -> torch.Tensor:
+        if has_fused_attention(device, dtype, head):
+            return F.scaled_dot_product_attention(query, key, value)
+        return attend_in_chunks(*(states.transpose(1, 2) for states in (query, key, value)), QUERY_CHUNK)
+
     with torch.inference_mode():
-        attention_s = best_s(lambda: F.scaled_dot_product_attention(query, key, value), device, TIMES)
+        attention_s = best_s(attend, device, TIMES)
     return linear_s + blocks * attention_s
 
 

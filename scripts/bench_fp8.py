@@ -1,14 +1,19 @@
-"""float8 expansion: all 256 codes compared, and billions of elements a second on one core, against torch's own cast."""
+"""float8 expansion: all 256 codes compared, and billions of elements a second on one core, against torch's own cast.
+
+Run by `bench.py`, with the device as its argument; prints one JSON line.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 
 from fluxsplit import fp8
-from fluxsplit.device import DTYPE_NAMES
+from fluxsplit.device import DTYPE_NAMES, device_name, pick_device
 
 SHAPE = (12288, 3072)
 """The widest matrix of Flux.1's blocks."""
@@ -70,3 +75,8 @@ def best_s(work: Callable[[], object], device: torch.device, times: int = TIMES)
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    on = pick_device(sys.argv[1])
+    print(json.dumps({"device": device_name(on), "fp8": measure(on)}))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fluxsplit.child_environment import child_environment, gfx_versions, needs_gfx_override
+from fluxsplit.child_environment import child_environment, gfx_versions, is_rocm, needs_gfx_override
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, OutOfMemory
 from fluxsplit.executor import StageProcess, run_stage, stage_command
 from fluxsplit.jobs import DecodeJob
@@ -285,10 +285,17 @@ def test_events_are_json_lines() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="segments grow on Linux alone")
-def test_segments_grow_unless_the_person_says_otherwise_or_a_card_may_be_amds(tmp_path: Path) -> None:
+def test_segments_grow_unless_the_person_says_otherwise_or_torch_is_amds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     none = tmp_path / "no such folder"
     assert child_environment({}, none)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert "PYTORCH_ALLOC_CONF" not in child_environment({}, tmp_path), "ROCm's list of cards is there"
+    assert "PYTORCH_ALLOC_CONF" in child_environment({}, tmp_path), "a processor's own graphics may be AMD's"
+    monkeypatch.setattr("fluxsplit.child_environment.version", lambda name: "2.11.0+rocm7.2")
+    assert is_rocm.__wrapped__()
+    monkeypatch.setattr("fluxsplit.child_environment.is_rocm", lambda: True)
+    assert "PYTORCH_ALLOC_CONF" not in child_environment({}, none)
+    monkeypatch.undo()
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
         got = child_environment({name: "own"}, none)
         assert {key: value for key, value in got.items() if "ALLOC_CONF" in key} == {name: "own"}

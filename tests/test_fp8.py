@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fluxsplit import fp8
+from fluxsplit.errors import FluxsplitError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 E4M3, E5M2 = fp8.FLOAT8
@@ -110,6 +111,14 @@ def test_a_method_that_errs_on_one_code_is_not_used(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(fp8, "_by_integers", broken)
         assert fp8._method.__wrapped__(CPU, E4M3, torch.bfloat16) is fp8._by_table
         monkeypatch.undo()
+
+
+def test_a_torch_that_was_not_built_for_the_card_is_called_so() -> None:
+    def has_no_kernels(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    with pytest.raises(FluxsplitError, match="was not built for this card"):
+        fp8.is_exact(has_no_kernels, CPU, E4M3, torch.bfloat16)
 
 
 def test_integers_do_not_depend_on_denormals() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small_flux import write_flux
+from small_flux import image, write_conditioning, write_flux
 
 from fluxsplit import checkpoint
 from fluxsplit.errors import UsageError
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import Block, MemoryPlan, Model, Work, plan_memory, read_model, smaller_budget, text_tokens
+from fluxsplit.memory_plan import Block, MemoryPlan, Model, plan_memory, read_model, smaller_budget
+from fluxsplit.work import Work, text_tokens, tokens_of, work_of
 
 GB = 10**9
 DOUBLE, SINGLE = 226_500_000, 113_300_000
@@ -28,6 +30,7 @@ SCHNELL = Model(
     small_elements=3_000_000,
     modulation_bytes=19 * DOUBLE_ONCE + 38 * SINGLE_ONCE,
     modulation_block_bytes=DOUBLE_ONCE,
+    modulation_outputs=1_050_000,
     largest_elements=3072 * 18432,
 )
 CARD = DeviceInfo(
@@ -65,6 +68,39 @@ def test_a_small_picture_is_planned_with_room_for_what_comes_before_its_steps() 
     more = 2 * DOUBLE_ONCE - got.activation_bytes - got.state_bytes
     assert more > 0
     assert got.peak_bytes - plan(24, small, model=model).peak_bytes == more
+
+
+def test_scores_of_bf16_count_as_the_fp32_they_are() -> None:
+    half, bf16 = plan(12, device=RDNA2, dtype="fp16"), plan(12, device=RDNA2)
+    assert half.query_chunk == 2 * (bf16.query_chunk or 0) > 0, "pieces of as many bytes"
+    tokens = tokens_of(1152, 944, 256)
+    assert bf16.activation_bytes - half.activation_bytes == tokens * 3072 * 4, "keys in fp32"
+
+
+def test_segments_that_do_not_grow_take_room_too() -> None:
+    rigid = plan(8, device=replace(CARD, growing_segments=False))
+    assert rigid.peak_bytes <= 8 * GB and rigid.streamed_bytes > plan(8).streamed_bytes
+    parts = rigid.scratch_bytes + rigid.activation_bytes + rigid.state_bytes + rigid.resident_bytes
+    assert rigid.peak_bytes == rigid.base_bytes + parts + rigid.slots * rigid.slot_bytes
+    assert plan(2, device=replace(CPU, growing_segments=False)).peak_bytes == plan(2, device=CPU).peak_bytes
+
+
+def test_modulations_of_every_step_and_text_are_ram() -> None:
+    def state(texts: int, **options: Any) -> int:
+        work = Work(((512, 512),) * 8, 256, times=20, texts=texts)
+        return plan(2, work, **options).state_bytes
+
+    each = 20 * SCHNELL.modulation_outputs * 2
+    assert [state(texts, device=CPU) - state(1, device=CPU) for texts in (2, 4, 8)] == [each, 3 * each, 3 * each]
+    assert state(8) == state(1), "a card holds those of the step that is computed"
+
+
+def test_the_work_of_a_command(tmp_path: Path) -> None:
+    texts = [write_conditioning(tmp_path / f"text-{n}", n, tokens=5 + n) for n in range(3)]
+    images = [image(texts[0]), image(texts[1], steps=None), image(texts[0], size=(64, 64), sigmas=(1.0, 0.5, 0.2, 0.0))]
+    assert work_of(images, 4) == Work(((48, 32), (48, 32), (64, 64)), 6, times=4, texts=2)
+    guided = image(texts[0], steps=7, cfg=2.0, negative_conditioning=texts[2])
+    assert work_of([*images, guided], 4) == Work(((48, 32), (48, 32), (64, 64), (48, 32)), 7, 2, times=14, texts=2)
 
 
 def test_more_memory_never_streams_more() -> None:
@@ -167,6 +203,7 @@ def test_random_models_and_budgets_never_exceed_the_budget() -> None:
             small_elements=generator.randrange(5_000_000),
             modulation_bytes=generator.randrange(1 << 32),
             modulation_block_bytes=generator.randrange(1 << 27),
+            modulation_outputs=generator.randrange(1 << 20),
             largest_elements=generator.randrange(40_000_000),
         )
         sizes = tuple((generator.randrange(16, 1600), generator.randrange(16, 1600)) for _ in range(3))
@@ -196,7 +233,5 @@ def test_the_header_of_a_file(tmp_path: Path) -> None:
 
 
 def test_text_tokens_of_a_conditioning(tmp_path: Path) -> None:
-    from small_flux import write_conditioning
-
     assert text_tokens(write_conditioning(tmp_path / "text", 0, tokens=300)) == 300
     assert text_tokens(str(tmp_path / "none")) == text_tokens("") == 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from simulated_card import Card
 from small_flux import by_seed, image, sample, write_conditioning, write_flux
 
-from fluxsplit import checkpoint
+from fluxsplit import checkpoint, fp8
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.loading import EveryBlockThere
 from fluxsplit.memory_plan import MODULATION
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
-from fluxsplit.weights import StoredLinear, WeightFiles
+from fluxsplit.weights import Scratch, StoredLinear, WeightFiles
 
 DOUBLES, SINGLES, STEPS = 2, 3, 3
 MATRICES = 2 * DOUBLES + SINGLES
@@ -53,13 +54,13 @@ def is_modulation(name: str) -> bool:
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the matrices in the order in which they were multiplied with."""
     seen: list[str] = []
-    forward = StoredLinear.forward
+    each = StoredLinear.each
 
-    def noting(self: StoredLinear, x: torch.Tensor) -> torch.Tensor:
+    def noting(self: StoredLinear, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         seen.append(self.name)
-        return forward(self, x)
+        return each(self, xs)
 
-    monkeypatch.setattr(StoredLinear, "forward", noting)
+    monkeypatch.setattr(StoredLinear, "each", noting)
     return seen
 
 
@@ -125,7 +126,7 @@ def test_no_block_holds_its_modulation_matrices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
-def test_a_stage_uses_each_matrix_once_for_every_noise_level_and_picture(
+def test_a_stage_uses_each_matrix_once_for_all_noise_levels_and_pictures(
     tmp_path: Path, sampler: str, uses: list[str]
 ) -> None:
     """All of them before the first block of the first step, whatever the sampler asks in between."""
@@ -134,9 +135,28 @@ def test_a_stage_uses_each_matrix_once_for_every_noise_level_and_picture(
     images.append(image(texts[0], 3, steps=STEPS, sampler=sampler, cfg=2.0, negative_conditioning=texts[1]))
     sample(write_flux(tmp_path / "flux"), images, tmp_path / "out")
     modulations = [number for number, name in enumerate(uses) if is_modulation(name)]
-    assert len(modulations) == MATRICES * STEPS * 2, "two texts; the third picture has the two together"
+    assert len(modulations) == MATRICES
     inside = next(n for n, name in enumerate(uses) if name.startswith("transformer_blocks") and not is_modulation(name))
     assert modulations[-1] < inside
+
+
+@pytest.mark.parametrize("rows", [None, 7])
+def test_one_expansion_serves_many_with_the_bits_of_each(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
+    codes = torch.randint(0, 0x70, (24, 48), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scratch = Scratch() if rows is None else Scratch(rows * 48 * 2)
+    linear = StoredLinear("a", codes, 0.5, torch.randn(24).bfloat16(), scratch=scratch)
+    xs = [torch.randn(1, 48).bfloat16() for _ in range(5)]
+    alone = [linear(x) for x in xs]
+    expanded: list[int] = []
+    into = fp8.expand_into
+
+    def counting(codes: torch.Tensor, *more: Any) -> None:
+        expanded.append(codes.numel())
+        into(codes, *more)
+
+    monkeypatch.setattr(fp8, "expand_into", counting)
+    assert all(map(torch.equal, linear.each(xs), alone))
+    assert sum(expanded) == codes.numel()
 
 
 def test_many_pictures_are_prepared_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from fluxsplit.read_ahead import ReadAhead, spans
 from fluxsplit.reader import Reader
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
-from fluxsplit.weights import WeightFiles
+from fluxsplit.weights import WeightFile, WeightFiles
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -132,6 +132,40 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
         assert card.copies > 3 * BLOCKS
         assert all(torch.equal(got, wanted) for got, wanted in seen)
         assert all(bool((memory == 7).all()) for memory in over)
+
+
+@pytest.mark.parametrize("from_disk", [True, False])
+def test_what_does_not_stay_in_ram_is_asked_for_in_every_pass(
+    path: Path, text: Conditioning, from_disk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernel maps no pages ahead, so that they are read and not faulted in one by one."""
+    Card(monkeypatch, at_once=True)
+    asked = Count()
+    will_need = WeightFile.will_need
+
+    def counting(self: WeightFile, start: int, stop: int) -> None:
+        asked(stop - start)
+        will_need(self, start, stop)
+
+    monkeypatch.setattr(WeightFile, "will_need", counting)
+    monkeypatch.setattr(WeightFile, "map_pages", lambda self, start, stop: False)
+    flux, files = load(path)
+    wanted = flux.velocities(forwards(text))
+    options: dict[str, Any] = {"as_card": True, "ahead": False, "slots": 1, "from_disk": from_disk}
+    flux.loader = Streaming(flux.blocks, files, CPU, **options)
+    for passes in (1, 2, 3):
+        assert all(map(torch.equal, flux.velocities(forwards(text)), wanted))
+        assert asked.bytes == block_bytes(flux) * (passes if from_disk else 1)
+
+
+def test_in_fp16_text_and_image_stay_views_of_one_tensor(path: Path, text: Conditioning) -> None:
+    """As single blocks return them: to clip one of them into a new tensor would hold both twice."""
+    flux, _ = load(path, torch.float16)
+    with torch.inference_mode():
+        stream = flux._begin(forwards(text, 1)[0])
+        for number in range(BLOCKS):
+            flux._through(stream, number)
+    assert stream.text.untyped_storage().data_ptr() == stream.image.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("streamed", [(), (0, 3), tuple(range(BLOCKS))])
