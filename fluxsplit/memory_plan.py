@@ -48,6 +48,8 @@ SCORE_BYTES = 256_000_000
 """Largest piece of a score matrix where attention is computed in chunks of queries."""
 FLUX_HEAD = 128
 CACHE_MARGIN = 0.95
+BLOCKS_AHEAD = 2
+"""That a CPU has read before it comes to them."""
 ELEMENTWISE = 8.0
 """Times through the mixture that `rates` measures, for each token and channel of a block; fitted."""
 _ACTIVATION, _CARD_ACTIVATION = {4: 92.0, 2: 44.0}, {4: 58.0, 2: 29.0}
@@ -220,12 +222,14 @@ def _choices(
 
 
 def _not_cached(model: Model, device: DeviceInfo, anonymous_bytes: int) -> tuple[int, ...]:
-    """The blocks that do not fit into what is left of RAM as page cache."""
+    """The blocks that do not fit into what is left of RAM as page cache, beside those that are read ahead."""
     room = int((device.free_bytes - anonymous_bytes) * CACHE_MARGIN) - model.small_bytes
+    ahead_bytes = (BLOCKS_AHEAD + 1) * max((block.bytes for block in model.blocks), default=0)
     every = list(range(len(model.blocks)))
     for count in range(len(every) + 1):
         streamed = _spread(every, count)
-        if sum(model.blocks[n].bytes for n in every if n not in streamed) <= room:
+        held_bytes = sum(model.blocks[n].bytes for n in every if n not in streamed)
+        if held_bytes + (ahead_bytes if streamed else 0) <= room:
             return streamed
     return tuple(every)
 

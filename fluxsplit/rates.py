@@ -86,7 +86,7 @@ def feed_bytes_per_s(path: str) -> float:
         for at in range(start, start + count * PIECE_BYTES, PIECE_BYTES):
             here.copy_(file.bytes_at(at, at + PIECE_BYTES))
 
-    file.will_need(start, start + count * PIECE_BYTES)
+    file.map_pages(start, start + count * PIECE_BYTES)
     copy()  # from the disk, where it was not in the cache
     best_s = math.inf
     for _ in range(RUNS):

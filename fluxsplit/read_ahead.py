@@ -1,7 +1,7 @@
 """Weights on a CPU: computed from the page cache as they are mapped, asked for ahead, given back where RAM is short.
 
 Copying what is in the page cache already into memory of our own would cost as much memory again and time on top. A
-thread asks the kernel for the next blocks instead and maps their pages, so that the computation meets no fault.
+thread has the kernel read the next blocks instead and maps their pages, so that the computation meets no fault.
 Where the plan says that not all blocks fit into RAM, the pages of those that do not are given back after use: the
 kernel would otherwise throw out the least recently used ones, which in a cycle are the very next ones needed.
 """
@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.memory_plan import BLOCKS_AHEAD
 from fluxsplit.streaming import Layout, OnRead, layout
 from fluxsplit.weights import WeightFiles
-
-BLOCKS_AHEAD = 2
 
 
 class ReadAhead:
@@ -81,8 +80,6 @@ class ReadAhead:
         try:
             while (number := self._wanted.get()) is not None:
                 ranges = spans(self._layouts[number])
-                for path, start, stop in ranges:
-                    self._files.open(path).will_need(start, stop)
                 for path, start, stop in ranges:
                     self._files.open(path).map_pages(start, stop)
                 self._on_read(sum(stop - start for _, start, stop in ranges))

@@ -110,9 +110,6 @@ class Reader:
                 filling.done.set()
 
     def _bring(self, filling: Filling) -> None:
-        if filling.fresh:
-            for run in filling.runs:
-                self._files.open(run.path).will_need(run.start, run.stop)
         if not self._ring:
             for run in filling.runs:
                 self._files.open(run.path).read_into(_buffer(run.memory), run.start)
@@ -126,15 +123,17 @@ class Reader:
         """Runs of one file that fit a piece, gaps between them included."""
         file, start, stop = self._files.open(runs[0].path), runs[0].start, max(run.stop for run in runs)
         file.check_unchanged()  # a page of the map beyond the end of a file that was cut short ends the process
-        mapped = not filling.fresh or file.map_pages(start, stop)
+        from_disk = filling.fresh and not file.is_in_ram(start, stop)
+        if filling.fresh and not from_disk:
+            file.map_pages(start, stop)
         piece = self._ring[0]
         self._ring.rotate(1)
         if piece.copied is not None:
             piece.copied.synchronize()
-        if mapped:
-            piece.memory[: stop - start].copy_(file.bytes_at(start, stop))
-        else:  # a fault for every page would take longer than to read what is not there yet
+        if from_disk:  # in one request, as faults in the map would have it read in small pieces
             file.read_into(_buffer(piece.memory[: stop - start]), start)
+        else:
+            piece.memory[: stop - start].copy_(file.bytes_at(start, stop))
         assert filling.stream is not None
         with torch.cuda.stream(filling.stream):
             for run in runs:

@@ -66,6 +66,8 @@ class WeightFile:
         self.path = path
         self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._stamp = _stamp(os.fstat(self._handle))
+        if hasattr(os, "posix_fadvise"):  # read ahead twice as far, also when it is the map that is read
+            os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
         self._at_once = threading.Lock()  # where there is no pread
 
@@ -105,22 +107,29 @@ class WeightFile:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._map, dtype=torch.uint8, count=stop - start, offset=start)
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Ask the kernel to read these bytes ahead; does nothing where it cannot be asked."""
-        if hasattr(os, "posix_fadvise"):  # lets other threads run
-            os.posix_fadvise(self._handle, start, stop - start, os.POSIX_FADV_WILLNEED)
-        else:
-            self._advise("MADV_WILLNEED", start, stop)
-
-    def map_pages(self, start: int, stop: int) -> bool:
-        """Read these bytes and map their pages; False where the kernel cannot (Linux 5.14 can). Lets others run."""
-        if sys.platform != "linux":
+    def is_in_ram(self, start: int, stop: int) -> bool:
+        """Whether these bytes are in the page cache, as far as the kernel tells; False where it cannot be asked."""
+        if sys.platform == "win32":
             return False
-        address = self.bytes_at(0, 1).data_ptr()
-        return not any(
-            _madvise(address + at, min(POPULATE_BYTES, stop - at), MADV_POPULATE_READ)
-            for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES)
-        )
+        first = start - start % mmap.PAGESIZE
+        pages = ctypes.create_string_buffer(-(-(stop - first) // mmap.PAGESIZE))
+        address = ctypes.c_void_p(self._address() + first)
+        told = _libc().mincore(address, ctypes.c_size_t(stop - first), pages) == 0
+        return told and b"\0" not in pages.raw
+
+    def map_pages(self, start: int, stop: int) -> None:
+        """Read these bytes and map their pages (Linux 5.14); does nothing where the kernel cannot. Lets others run.
+
+        To ask for them ahead first (WILLNEED) makes it slower: the kernel answers in single pages, where faults in order
+        bring in many at once.
+        """
+        if sys.platform == "linux":
+            for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES):
+                if _madvise(self._address() + at, min(POPULATE_BYTES, stop - at), MADV_POPULATE_READ):
+                    return
+
+    def _address(self) -> int:
+        return self.bytes_at(0, 1).data_ptr()
 
     def give_back(self, start: int, stop: int) -> None:
         """Unmap these bytes and let the kernel forget the pages that lie in them whole."""

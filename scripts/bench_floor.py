@@ -63,7 +63,7 @@ def compute_s(part: Part, image_tokens: int, text_tokens: int, dtype: torch.dtyp
     def attend() -> torch.Tensor:
         if has_fused_attention(device, dtype, head):
             return F.scaled_dot_product_attention(query, key, value)
-        return attend_in_chunks(*(states.transpose(1, 2) for states in (query, key, value)), QUERY_CHUNK)
+        return attend_in_chunks(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), QUERY_CHUNK)
 
     with torch.inference_mode():
         attention_s = best_s(attend, device, TIMES)
