@@ -141,6 +141,8 @@ def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:
     if memory.streamed:
         often = f"once a pass, for {_pictures(memory.together)}"
         rows.append(("blocks that stream", memory.streamed_bytes, f"{_blocks(memory.streamed, model)}, {often}"))
+    if memory.fleeting and not on_cpu:
+        rows.append(("from the disk", memory.fleeting_bytes, "of these, in every pass, as RAM is too short for them"))
     once = "matrices of timestep and prompt, read once before the first step"
     rows.append(("modulation", memory.modulation_bytes, once))
     if memory.slots:

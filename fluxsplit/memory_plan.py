@@ -103,6 +103,9 @@ class MemoryPlan:
     resident_bytes: int
     streamed_bytes: int
     """Moved in every pass."""
+    fleeting: tuple[int, ...]
+    """Of those that stream the ones for which RAM is too short: read from the disk in every pass."""
+    fleeting_bytes: int
     modulation_bytes: int
     """Moved once, before the first step."""
     slots: int
@@ -209,7 +212,8 @@ def _choices(
 ) -> Iterable[tuple[tuple[int, ...], int]]:
     """Sets of blocks that stream, the smallest first, with the number of slots."""
     if device.kind == "cpu":
-        yield _not_cached(model, device, min(budget_bytes, least.peak_bytes)), 0
+        every = list(range(len(model.blocks)))
+        yield _not_cached(model, device, every, BLOCKS_AHEAD + 1, min(budget_bytes, least.peak_bytes)), 0
         return
     yield (), 0
     singles = [n for n, block in enumerate(model.blocks) if block.name.startswith("single")]
@@ -221,17 +225,25 @@ def _choices(
     yield tuple(range(len(model.blocks))), 1
 
 
-def _not_cached(model: Model, device: DeviceInfo, anonymous_bytes: int) -> tuple[int, ...]:
-    """The blocks that do not fit into what is left of RAM as page cache, beside those that are read ahead."""
-    room = int((device.free_bytes - anonymous_bytes) * CACHE_MARGIN) - model.small_bytes
-    ahead_bytes = (BLOCKS_AHEAD + 1) * max((block.bytes for block in model.blocks), default=0)
-    every = list(range(len(model.blocks)))
-    for count in range(len(every) + 1):
-        streamed = _spread(every, count)
-        held_bytes = sum(model.blocks[n].bytes for n in every if n not in streamed)
-        if held_bytes + (ahead_bytes if streamed else 0) <= room:
-            return streamed
-    return tuple(every)
+def _not_cached(
+    model: Model, device: DeviceInfo, numbers: Sequence[int], ahead: int, taken_bytes: int
+) -> tuple[int, ...]:
+    """Which of these blocks do not stay in the page cache, beside `ahead` of them that are under way.
+
+    `taken_bytes` is RAM for other things. A cache that is too small would lose all of them instead: read round and
+    round, the page that is needed next is the one that was thrown out.
+    """
+    free_bytes = device.free_bytes if device.kind == "cpu" else device.ram_bytes
+    if free_bytes is None:
+        return ()
+    room = int((free_bytes - taken_bytes) * CACHE_MARGIN) - model.small_bytes
+    ahead_bytes = ahead * max((model.blocks[n].bytes for n in numbers), default=0)
+    for count in range(len(numbers) + 1):
+        fleeting = _spread(numbers, count)
+        held_bytes = sum(model.blocks[n].bytes for n in numbers if n not in fleeting)
+        if held_bytes + (ahead_bytes if fleeting else 0) <= room:
+            return fleeting
+    return tuple(numbers)
 
 
 def _spread(numbers: Sequence[int], count: int) -> tuple[int, ...]:
@@ -270,8 +282,10 @@ def _plan(
     if not device.growing_segments and not on_cpu:
         lost = int(peak * FRAGMENTED)
         base, peak = base + lost, peak + lost
-    streamed_bytes = sum(model.blocks[n].bytes for n in streamed)
-    step_s, limit = _step(model, tokens, work.forwards, device, streamed_bytes, together)
+    pinned = 0 if on_cpu else PIECES * (PIECE_BYTES + ONCE_PIECE_BYTES)
+    fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, pinned)
+    streamed_bytes, fleeting_bytes = (sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting))
+    step_s, limit = _step(model, tokens, work.forwards, device, (streamed_bytes, fleeting_bytes), together)
     return MemoryPlan(
         device=device.kind,
         budget_bytes=budget_bytes,
@@ -279,10 +293,12 @@ def _plan(
         streamed=tuple(sorted(streamed)),
         resident_bytes=resident_bytes,
         streamed_bytes=streamed_bytes,
+        fleeting=tuple(sorted(fleeting)),
+        fleeting_bytes=fleeting_bytes,
         modulation_bytes=model.modulation_bytes,
         slots=slots,
         slot_bytes=slot_bytes,
-        pinned_bytes=0 if on_cpu else PIECES * (PIECE_BYTES + ONCE_PIECE_BYTES),
+        pinned_bytes=pinned,
         base_bytes=base,
         scratch_bytes=scratch,
         activation_bytes=activation,
@@ -322,28 +338,22 @@ def _query_chunk(model: Model, tokens: int, dtype: str, device: DeviceInfo) -> i
 
 
 def _step(
-    model: Model, tokens: Sequence[int], forwards: int, device: DeviceInfo, streamed_bytes: int, together: int
+    model: Model, tokens: Sequence[int], forwards: int, device: DeviceInfo, moved_bytes: tuple[int, int], together: int
 ) -> tuple[float | None, str]:
-    """Seconds of one step of one picture in a pass of `together`, and what they are spent on."""
+    """Seconds of one step of one picture in a pass of `together`, and what they are spent on.
+
+    `moved_bytes` are those that stream in a pass, and those of them that come from the disk.
+    """
     if device.flops_per_s is None:
         return None, ""
     compute = forwards * sum(_compute_s(model, count, device) for count in tokens[:together])
     times = {"compute": compute}
     if device.bus_bytes_per_s:
-        times["bus"] = streamed_bytes / device.bus_bytes_per_s
-    if device.disk_bytes_per_s and not _stays_in_ram(device, streamed_bytes):
-        times["disk"] = streamed_bytes / device.disk_bytes_per_s
+        times["bus"] = moved_bytes[0] / device.bus_bytes_per_s
+    if device.disk_bytes_per_s and moved_bytes[1]:
+        times["disk"] = moved_bytes[1] / device.disk_bytes_per_s
     limit = max(times, key=lambda name: times[name])
     return times[limit] / together, limit
-
-
-def _stays_in_ram(device: DeviceInfo, streamed_bytes: int) -> bool:
-    """Whether what streams comes from the page cache after the first pass.
-
-    On a CPU it does not, by the choice of what streams. To a card, all of it has to fit: read round and round, the
-    page that is needed next is the one that was thrown out.
-    """
-    return device.kind != "cpu" and (device.ram_bytes is None or streamed_bytes <= device.ram_bytes * CACHE_MARGIN)
 
 
 def _compute_s(model: Model, tokens: int, device: DeviceInfo) -> float:

@@ -15,9 +15,8 @@ from fluxsplit.defaults import steps_of
 from fluxsplit.device import DTYPE_NAMES, device_info, keep_within
 from fluxsplit.events import Events
 from fluxsplit.jobs import SampleJob
-from fluxsplit.memory import budget_bytes, free_ram_bytes
+from fluxsplit.memory import budget_bytes
 from fluxsplit.memory_plan import (
-    CACHE_MARGIN,
     ONCE_PIECE_BYTES,
     MemoryPlan,
     plan_memory,
@@ -90,7 +89,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         resident=frozenset(plan.resident),
         slots=plan.slots,
         ahead=plan.slots > 1,
-        from_disk=plan.streamed_bytes > free_ram_bytes() * CACHE_MARGIN,
+        fleeting=frozenset(plan.fleeting),
         on_read=told.read,
     )
     before: dict[str, Any] = {"once": True, "piece_bytes": ONCE_PIECE_BYTES, "on_read": told.read}

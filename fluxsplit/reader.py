@@ -57,6 +57,8 @@ class Filling:
     stream: torch.cuda.Stream | None
     fresh: bool
     """Whether the bytes may not be in RAM yet."""
+    fleeting: bool = False
+    """Whether they are not to stay there."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -113,6 +115,8 @@ class Reader:
         if not self._ring:
             for run in filling.runs:
                 self._files.open(run.path).read_into(_buffer(run.memory), run.start)
+                if filling.fleeting:
+                    self._files.open(run.path).give_back(run.start, run.stop)
             return
         for runs in _shared(filling.runs, self._piece_bytes):
             if self._closed:
@@ -134,6 +138,8 @@ class Reader:
             file.read_into(_buffer(piece.memory[: stop - start]), start)
         else:
             piece.memory[: stop - start].copy_(file.bytes_at(start, stop))
+        if filling.fleeting:
+            file.give_back(start, stop)
         assert filling.stream is not None
         with torch.cuda.stream(filling.stream):
             for run in runs:

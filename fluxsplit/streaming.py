@@ -104,14 +104,15 @@ class Streaming:
         slots: int = 2,
         ahead: bool = True,
         once: bool = False,
-        from_disk: bool = False,
+        fleeting: frozenset[int] = frozenset(),
         as_card: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
         on_read: OnRead = lambda count: None,
     ) -> None:
         """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does.
 
-        `from_disk` says that what streams does not stay in RAM, so that the kernel is asked for it in every pass.
+        `fleeting` are blocks for which there is no room in RAM: their pages are given back once they are read, so that
+        those of the others stay.
         `as_card` is for tests of a CPU: through pinned pieces and streams, as a card needs it.
         """
         self._files, self._device, self._on_read = files, device, on_read
@@ -119,7 +120,7 @@ class Streaming:
         self._streamed = frozenset(range(len(blocks))) - resident
         order = sorted(self._streamed)
         self._order = iter(order) if once else itertools.cycle(order)
-        self._fresh, self._from_disk = set(self._streamed), from_disk
+        self._fresh, self._fleeting = set(self._streamed), fleeting
         self._as_card = device.type == "cuda" if as_card is None else as_card
         self._reader = Reader(files, in_pieces=self._as_card, piece_bytes=piece_bytes, with_thread=ahead)
         self._load([self._layouts[number] for number in sorted(resident)])
@@ -178,17 +179,20 @@ class Streaming:
             used.record(torch.cuda.current_stream(self._device))
             slot.stream.wait_event(used)
         slot.number = number
-        slot.filling = self._begin(self._layouts[number], slot.memory, slot.stream, number in self._fresh)
-        if not self._from_disk:
+        states = number in self._fresh, number in self._fleeting
+        slot.filling = self._begin(self._layouts[number], slot.memory, slot.stream, *states)
+        if number not in self._fleeting:
             self._fresh.discard(number)
         self._coming.append(slot)
 
-    def _begin(self, layout: Layout, memory: torch.Tensor, stream: torch.cuda.Stream | None, fresh: bool) -> Filling:
+    def _begin(
+        self, layout: Layout, memory: torch.Tensor, stream: torch.cuda.Stream | None, fresh: bool, fleeting: bool
+    ) -> Filling:
         runs = [
             Run(place.span.path, place.span.start, memory[place.offset : place.offset + place.span.bytes])
             for place in layout.places
         ]
-        filling = Filling(runs, stream, fresh)
+        filling = Filling(runs, stream, fresh, fleeting)
         self._reader.begin(filling)
         return filling
 
@@ -207,7 +211,7 @@ class Streaming:
             memory = _aligned(one.bytes, self._device)
             if stream is not None:  # what the allocator hands out may still be in use
                 stream.wait_stream(torch.cuda.current_stream(self._device))
-            begun.append((one, memory, self._begin(one, memory, stream, fresh=True)))
+            begun.append((one, memory, self._begin(one, memory, stream, fresh=True, fleeting=False)))
         for one, memory, filling in begun:
             self._wait(filling, one)
             attach(one, memory)

@@ -120,8 +120,8 @@ class WeightFile:
     def map_pages(self, start: int, stop: int) -> None:
         """Read these bytes and map their pages (Linux 5.14); does nothing where the kernel cannot. Lets others run.
 
-        To ask for them ahead first (WILLNEED) makes it slower: the kernel answers in single pages, where faults in order
-        bring in many at once.
+        To ask for them ahead first (WILLNEED) makes it slower: the kernel answers in single pages, where faults in
+        order bring in many at once.
         """
         if sys.platform == "linux":
             for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES):

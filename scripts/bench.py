@@ -48,6 +48,7 @@ PLANNED = (
     "budget_bytes",
     "resident_bytes",
     "streamed_bytes",
+    "fleeting_bytes",
     "slots",
     "together",
     "query_chunk",

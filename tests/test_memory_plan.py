@@ -154,8 +154,12 @@ def test_seconds_are_those_of_the_slowest_way() -> None:
 def test_the_disk_is_the_limit_where_the_file_does_not_stay_in_ram() -> None:
     slow = replace(CARD, disk_bytes_per_s=2e8)
     assert plan(2, device=replace(slow, ram_bytes=32 * GB)).limit == "compute"
-    short = plan(2, device=replace(slow, ram_bytes=8 * GB))
-    assert (short.limit, short.step_s) == ("disk", short.streamed_bytes / 2e8)
+    assert plan(2, device=replace(slow, ram_bytes=32 * GB)).fleeting == ()
+    short = plan(2, device=replace(slow, ram_bytes=5 * GB))
+    assert (short.limit, short.step_s) == ("disk", short.fleeting_bytes / 2e8)
+    assert 0 < short.fleeting_bytes < short.streamed_bytes and set(short.fleeting) < set(short.streamed)
+    stays = short.streamed_bytes - short.fleeting_bytes + short.slots * short.slot_bytes
+    assert stays < 5 * GB < stays + DOUBLE + GB, "as many as fit do stay"
     small = replace(CPU, free_bytes=6 * GB, disk_bytes_per_s=2e8)
     short = plan(3, Work(((256, 256),), 64), small)
     assert (short.limit, short.step_s) == ("disk", short.streamed_bytes / 2e8)

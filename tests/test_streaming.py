@@ -135,13 +135,14 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
         assert all(bool((memory == 7).all()) for memory in over)
 
 
-@pytest.mark.parametrize("from_disk", [True, False])
-def test_what_does_not_stay_in_ram_is_asked_for_in_every_pass(
-    path: Path, text: Conditioning, from_disk: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fleeting", [(), (1, 3), tuple(range(BLOCKS))])
+def test_what_does_not_stay_in_ram_is_read_in_every_pass_and_given_back(
+    path: Path, text: Conditioning, fleeting: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And read in whole pieces where it is not in RAM."""
+    """In whole pieces where it is not in RAM."""
     Card(monkeypatch, at_once=True)
-    asked, read = Count(), Count()
+    asked, read, given = Count(), Count(), Count()
+    monkeypatch.setattr(WeightFile, "give_back", lambda self, start, stop: given(stop - start))
     read_into = WeightFile.read_into
 
     def is_in_ram(self: WeightFile, start: int, stop: int) -> bool:
@@ -156,12 +157,16 @@ def test_what_does_not_stay_in_ram_is_asked_for_in_every_pass(
     monkeypatch.setattr(WeightFile, "read_into", reading)
     flux, files = load(path)
     wanted = flux.velocities(forwards(text))
-    options: dict[str, Any] = {"as_card": True, "ahead": False, "slots": 1, "from_disk": from_disk}
+    options: dict[str, Any] = {"as_card": True, "ahead": False, "slots": 1, "fleeting": frozenset(fleeting)}
     flux.loader = Streaming(flux.blocks, files, CPU, **options)
-    for passes in (1, 2, 3):
+    counts = []
+    for _ in range(3):
         assert all(map(torch.equal, flux.velocities(forwards(text)), wanted))
-        assert asked.bytes == read.bytes >= block_bytes(flux)
-        assert asked.bytes // block_bytes(flux) == (passes if from_disk else 1)
+        counts.append((read.bytes, given.bytes))
+    each = given.bytes // 3
+    assert asked.bytes == read.bytes and (each > 0) == bool(fleeting)
+    assert counts == [(counts[0][0] + n * each, (n + 1) * each) for n in range(3)]
+    assert counts[0][0] >= block_bytes(flux) and (counts[0][0] == each) == (len(fleeting) == BLOCKS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
