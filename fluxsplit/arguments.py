@@ -154,12 +154,27 @@ def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path
     """
     files: dict[Path, None] = {}
     for name in names:
-        found = [Path(line) for line in read_stdin() if line] if name == "-" else [Path(name).expanduser()]
+        found = [Path(line) for line in read_stdin() if line] if name == "-" else named(name)
         for path in found:
             files.update(dict.fromkeys(in_folder(path) if path.is_dir() else [path]))
     if not files:
         raise UsageError(f"there is no {what}", "name files or folders, or - to read names from stdin")
     return list(files)
+
+
+def named(word: str) -> list[Path]:
+    """The path that a word names; what matches it, where it is a pattern that the shell left alone, as on Windows.
+
+    Raises UsageError where nothing matches.
+    """
+    path = Path(word).expanduser()
+    if path.exists() or not any(c in word for c in "*?["):
+        return [path]
+    root = Path(path.anchor or ".")
+    matching = sorted(root.glob(str(path.relative_to(root) if path.anchor else path)))
+    if not matching:
+        raise UsageError(f"nothing matches {word}")
+    return matching
 
 
 def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:

@@ -191,7 +191,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     words = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
         with suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(errors="surrogateescape" if os.name == "posix" else "replace")  # type: ignore[union-attr]
+            if os.name == "posix":
+                stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+            else:  # in pipes and files UTF-8, as we read it, and not the old code page
+                encoding = None if stream.isatty() else "utf-8"
+                stream.reconfigure(encoding=encoding, errors="replace")  # type: ignore[union-attr]
     _interrupt_on("SIGTERM", "SIGHUP", "SIGBREAK")
     try:
         app(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fluxsplit.arguments import check_choice
+from fluxsplit.arguments import check_choice, named
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.export import TARGETS, export_picture
 
@@ -13,13 +13,13 @@ from fluxsplit.export import TARGETS, export_picture
 def run_export(files: list[str], target: str, out: str, ai_mark: bool) -> int:
     """Write the copies, printing their paths; returns the exit code. One that fails does not stop the rest."""
     check_choice("for", target, TARGETS)
-    failures = 0
-    for file in files:
+    failures, sources = 0, [path for file in files for path in named(file)]
+    for source in sources:
         try:
-            for path in export_picture(Path(file).expanduser(), target, Path(out).expanduser(), ai_mark):
+            for path in export_picture(source, target, Path(out).expanduser(), ai_mark):
                 print(path)
         except FluxsplitError as error:
-            if len(files) == 1:
+            if len(sources) == 1:
                 raise
             failures += 1
             print(f"fluxsplit: {error.line()}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import threading
@@ -13,7 +14,7 @@ from fluxsplit.errors import UsageError
 
 FOLDER = "previews"
 RENDERS = "renders"
-INSTALL = "install them with: pip install 'fluxsplit[gallery]'"
+INSTALL = 'install them with: pip install "fluxsplit[gallery]"'
 
 
 def run_gallery(given: dict[str, Any]) -> int:
@@ -42,6 +43,10 @@ def run_gallery(given: dict[str, Any]) -> int:
 
 def _rerender_flags(text: str) -> tuple[str, ...]:
     try:
-        return tuple(shlex.split(text))
+        words = shlex.shlex(text, posix=True, punctuation_chars=False)
+        words.whitespace_split, words.commenters = True, ""
+        if os.name == "nt":
+            words.escape = ""  # a backslash is a part of a path there
+        return tuple(words)
     except ValueError as error:
         raise UsageError(f"--rerender {text!r} cannot be split into flags: {error}") from None

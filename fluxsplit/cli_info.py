@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from fluxsplit.arguments import named
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.found import read_found
 from fluxsplit.found_text import FORMS, as_form
@@ -15,12 +16,12 @@ def run_info(files: list[str], json: bool, form: str | None) -> int:
     """Print the reports; returns the exit code. `form` is one of `FORMS` for the recipe alone."""
     if form is not None and form not in FORMS:
         raise UsageError(f"--as {form} is not one of {', '.join(FORMS)}")
-    failures = 0
-    for number, file in enumerate(files):
+    failures, paths = 0, [path for file in files for path in named(file)]
+    for number, path in enumerate(paths):
         try:
-            text = _report(Path(file).expanduser(), json, form)
+            text = _report(path, json, form)
         except FluxsplitError as error:
-            if len(files) == 1:
+            if len(paths) == 1:
                 raise
             failures += 1
             print(f"fluxsplit: {error.line()}", file=sys.stderr)

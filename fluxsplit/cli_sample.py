@@ -123,7 +123,7 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
     for note in plan.notes:
         progress.note(note)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxsplit-")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxsplit-", ignore_cleanup_errors=True)))
         ready = _cached(plan)
         places = {
             text: kept or str(folder / f"{number}.safetensors")

@@ -75,10 +75,12 @@ def _receive(url: str, part: Path, size_bytes: int, on_bytes: Callable[[int], No
             while chunk := answer.read(min(CHUNK_BYTES, size_bytes - done + 1)):
                 done += len(chunk)
                 if done > size_bytes:
-                    part.unlink()
-                    raise FluxsplitError(f"{url} has over {size_bytes} bytes", "it was not kept")
+                    break
                 file.write(chunk)
                 on_bytes(done)
+    if done > size_bytes:
+        part.unlink()
+        raise FluxsplitError(f"{url} has over {size_bytes} bytes", "it was not kept")
     if done < size_bytes:
         raise FluxsplitError(f"{url} ended after {done} of {size_bytes} bytes", "run it again to go on there")
 

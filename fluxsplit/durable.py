@@ -18,6 +18,7 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,9 @@ MAX_SAME_NAMES = 100_000
 WRITE_BYTES = 8 << 20
 MAX_TAIL_BYTES = 1 << 16
 
+HELD_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0)
+_HELD = (5, 32, 33)
+"""Windows: access denied, in use by another process, a part of it locked."""
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -77,7 +81,7 @@ def replace(path: str | Path, data: Bytes | Iterable[Bytes]) -> Path:
     path = Path(path)
 
     def commit(part: Path) -> Path:
-        part.replace(path)
+        _once_free(lambda: part.replace(path))
         return path
 
     return _write(path, data, commit)
@@ -135,12 +139,12 @@ def _file_lock(handle: int) -> Iterator[None]:
     if sys.platform == "win32":
         import msvcrt  # noqa: PLC0415
 
-        os.lseek(handle, 1 << 40, os.SEEK_SET)  # far behind the end, so that readers are not held off
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # far behind the end, so that readers are not held off
         msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
         try:
             yield
         finally:
-            os.lseek(handle, 1 << 40, os.SEEK_SET)
+            os.lseek(handle, 1 << 30, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
         return
     import fcntl  # noqa: PLC0415 - there is none on Windows
@@ -191,6 +195,11 @@ def _write(path: Path, data: Bytes | Iterable[Bytes], commit: Callable[[Path], P
         part = None
         _flush_folder(path.parent)
     except OSError as error:
+        if part is not None and _is_held(error):
+            whole, part = part, None
+            raise FluxsplitError(
+                f"{path} is open in another program; what was to be in it is in {whole}", "close it and rename the file"
+            ) from error
         raise _explained(error, path, counter.seen_bytes) from error
     finally:
         if part is not None:
@@ -234,7 +243,7 @@ def _write_part(part: Path, chunks: Iterable[memoryview]) -> None:
 def _link(part: Path, path: Path) -> None:
     """Give `part` its final name unless the name is taken (then FileExistsError)."""
     if os.name == "nt":
-        part.rename(path)  # on Windows renaming never overwrites
+        _once_free(lambda: part.rename(path))  # on Windows renaming never overwrites
         return
     try:
         os.link(part, path)
@@ -242,6 +251,26 @@ def _link(part: Path, path: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         _rename_locked(part, path)
+
+
+def _once_free(move: Callable[[], object]) -> None:
+    """Rename, again for some seconds where Windows says that somebody has the file open.
+
+    A virus scanner, a search index or a viewer looks into every new file there.
+    """
+    for wait_s in HELD_WAITS_S:
+        try:
+            move()
+            return
+        except PermissionError as error:
+            if not _is_held(error):
+                raise
+        time.sleep(wait_s)
+    move()
+
+
+def _is_held(error: OSError) -> bool:
+    return getattr(error, "winerror", None) in _HELD
 
 
 def _rename_locked(part: Path, path: Path) -> None:

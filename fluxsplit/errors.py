@@ -47,13 +47,24 @@ class OutOfMemory(FluxsplitError):
     exit_code = 4
 
 
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "hiperroroutofmemory", "_alloc_failed")
+_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "hiperroroutofmemory",
+    "_alloc_failed",
+    "winerror 1455",
+)
+_WINDOWS_MEMORY_ERRORS = (8, 14, 1455)
+"""Not enough memory, out of memory, the paging file is too small."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch, the driver or Python says that memory ran out."""
     text = str(error).lower()
-    return isinstance(error, MemoryError | OutOfMemory) or any(word in text for word in _MEMORY_WORDS)
+    if isinstance(error, MemoryError | OutOfMemory) or getattr(error, "winerror", None) in _WINDOWS_MEMORY_ERRORS:
+        return True
+    return any(word in text for word in _MEMORY_WORDS)
 
 
 ERRORS_BY_EXIT_CODE: dict[int, type[FluxsplitError]] = {

@@ -138,7 +138,8 @@ class StageProcess:
                 self._process.stdin.close()
         if self._process.poll() is not None:
             return
-        self._process.terminate()
+        with contextlib.suppress(OSError):  # Windows refuses where it is ending already
+            self._process.terminate()
         try:
             self._process.wait(wait_s)
         except subprocess.TimeoutExpired:
@@ -237,7 +238,7 @@ def _death(stage: str, code: int, stderr: str) -> FluxsplitError:
         return OutOfMemory(f"the {stage} stage ran out of memory", _OUT_OF_MEMORY_HINT)
     if windows:
         return FluxsplitError(f"the {stage} stage crashed with {windows}{said}", see)
-    if code == -7:
+    if code == -getattr(signal, "SIGBUS", 7):
         return FluxsplitError(
             f"the {stage} stage could not read a file that it had mapped (SIGBUS){said}",
             "a weight file was changed or cut short while it was read, or its disk fails",

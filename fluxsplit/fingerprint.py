@@ -24,7 +24,8 @@ def weights_sha256(path: str | Path) -> str:
     place = Path(path)
     if place.is_file():
         return file_sha256(place)
-    lines = [f"{file_sha256(file)}  {file.relative_to(place)}\n" for file in sorted(place.rglob("*.safetensors"))]
+    files = sorted((file.relative_to(place) for file in place.rglob("*.safetensors")), key=lambda file: file.parts)
+    lines = [f"{file_sha256(place / file)}  {file.as_posix()}\n" for file in files]  # the same on every system
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

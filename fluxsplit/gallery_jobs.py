@@ -91,7 +91,8 @@ def rerender_words(settings: RenderSettings, folder: Path, renders: Path, more: 
 
 def shown_command(words: Sequence[str]) -> str:
     """The command as a person would type it."""
-    return shlex.join(["fluxsplit", *words])
+    every = ["fluxsplit", *words]
+    return subprocess.list2cmdline(every) if os.name == "nt" else shlex.join(every)
 
 
 def plan(settings: RenderSettings, picked: Sequence[Picture]) -> dict[str, Any]:
@@ -292,7 +293,10 @@ def _started(command: list[str]) -> subprocess.Popen[bytes]:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupt the render as Ctrl-C does, so that it ends its stages; after some seconds kill it and them."""
     with contextlib.suppress(OSError):
-        process.terminate()
+        if sys.platform == "win32":
+            process.send_signal(signal.CTRL_BREAK_EVENT)  # to terminate is to kill there
+        else:
+            process.terminate()
     try:
         process.wait(CANCEL_WAIT_S)
     except subprocess.TimeoutExpired:

@@ -27,6 +27,8 @@ MAX_STARS = 5
 MAX_FILE_BYTES = 32 << 20
 MAX_LINE_BYTES = 2048
 MAX_PICTURES = 100_000
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))}
+"""Names that are no files on Windows, with any ending."""
 _HINT = "mend or remove that line"
 
 
@@ -61,6 +63,8 @@ class Pick:
 def is_plain_name(name: Any) -> bool:
     """Whether `name` can only mean a file in the folder itself, on any system."""
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable():
+        return False
+    if name.partition(".")[0].rstrip().upper() in _DEVICES or name[-1] in ". ":
         return False
     return len(name) <= 255 and not any(c in name for c in "/\\:") and len(os.fsencode(name)) <= 255
 

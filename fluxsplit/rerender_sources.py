@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.arguments import read_stdin
+from fluxsplit.arguments import named, read_stdin
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.latents import SUFFIXES, read_latent
 from fluxsplit.metadata import ImageRecord, read_record
@@ -42,13 +42,10 @@ def _named(word: str) -> list[Path]:
         if not held:
             raise UsageError(f"{path} holds no picture and no latent", f"they end in {', '.join(suffixes)}")
         return held
-    if not path.exists() and any(c in word for c in "*?["):
-        root = Path(path.anchor or ".")
-        matching = sorted(root.glob(str(path.relative_to(root) if path.anchor else path)))
-        if not matching:
-            raise UsageError(f"nothing matches {word}")
-        return [file for file in matching if file.is_file() and file.name not in _SHEETS]
-    return [path]
+    matching = named(word)
+    if matching == [path]:
+        return matching
+    return [file for file in matching if file.is_file() and file.name not in _SHEETS]
 
 
 def _picked(folder: Path) -> list[Path]:

@@ -295,14 +295,17 @@ def _environment_tables(environment: Mapping[str, str]) -> dict[str, Values]:
 def _load(file: Path) -> Values:
     import tomllib  # noqa: PLC0415  most runs have no settings file
 
+    text = ""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise UsageError(f"{file} is larger than any settings file ({file.stat().st_size} bytes)")
-        return tomllib.loads(file.read_text("utf-8"))
+        text = file.read_text("utf-8-sig")
+        return tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError among them
-        raise UsageError(f"{file} is not valid TOML: {error}") from None
+        hint = r"write paths in single quotes, as 'C:\models\flux.safetensors'" if "\\" in text else ""
+        raise UsageError(f"{file} is not valid TOML: {error}", hint) from None
 
 
 def _read_values(table: Values, readers: Mapping[str, Reader], where: str) -> Values:

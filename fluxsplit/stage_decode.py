@@ -41,12 +41,19 @@ def run(job: DecodeJob, events: Events) -> None:
                 for latent in current.result():
                     _decode(session, latent, job, stamp, events, parents.get(path), teller(events, number, total))
                 if job.delete_latents:
-                    Path(path).unlink()
+                    _delete(path, events)
             except OutOfMemory:
                 raise
             except FluxsplitError as error:
                 events.send("failed", item=path, message=error.message, hint=error.hint)
         events.send("decode", done=total, total=total)
+
+
+def _delete(path: str, events: Events) -> None:
+    try:
+        Path(path).unlink()
+    except OSError as error:
+        events.send("note", text=f"{path} was decoded but cannot be deleted: {error.strerror}")
 
 
 def _stamp(path: str) -> WeightsStamp:
