@@ -166,9 +166,11 @@ def in_a_process(args: argparse.Namespace, size: str, dtype: str, case: str, cap
 def on_a_card(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every size: diffusers' decode without a cap, then strips under each; in this process, as importing takes longer.
 
-    Errors are those against diffusers' in fp32, on the card as well.
+    Errors are those against diffusers' in fp32, on the card as well; with `--no-keep` there is neither.
     """
-    cases = [(0.0, "stock"), *((cap, "strips-ram") for cap in map(float, args.caps.split(",")))]
+    cases = [(cap, "strips-ram") for cap in map(float, args.caps.split(","))]
+    if not args.no_keep:
+        cases.insert(0, (0.0, "stock"))
     for size in args.sizes:
         whole = None
         for cap, case in cases:
@@ -194,7 +196,8 @@ def on_a_card_once(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tens
         return {"case": args.cases[0], "size": args.sizes[0], "dtype": args.dtypes[0], "failed": first}, None
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    return result, torch.load(args.keep / f"{args.cases[0]}-{args.sizes[0]}-{args.dtypes[0]}.pt")
+    kept = args.keep / f"{args.cases[0]}-{args.sizes[0]}-{args.dtypes[0]}.pt"
+    return result, None if args.no_keep else torch.load(kept)
 
 
 def say(result: dict[str, Any]) -> None:
@@ -262,6 +265,7 @@ def main() -> None:
         draw_maps(args)
     elif args.caps:
         args.device = "cuda:0" if args.device == "cpu" else args.device
+        os.environ.update(child_environment(os.environ, stage="decode"))  # read when the card is first used
         for result in on_a_card(args):
             say(result)
     else:
