@@ -50,8 +50,8 @@ FLUX_HEAD = 128
 CACHE_MARGIN = 0.95
 BLOCKS_AHEAD = 2
 """That a CPU has read before it comes to them."""
-ELEMENTWISE = 8.0
-"""Times through the mixture that `rates` measures, for each token and channel of a block; fitted."""
+ELEMENTWISE, CARD_ELEMENTWISE = 8.0, 4.0
+"""Times through the mixture that `rates` measures, for each token and channel of a block; fitted, for cards to an H200."""
 _ACTIVATION, _CARD_ACTIVATION = {4: 92.0, 2: 44.0}, {4: 58.0, 2: 29.0}
 """Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size. A card's
 allocator finds a place for what a CPU's leaves as holes; 16 bits measured on an H200, fp32 taken as twice that."""
@@ -364,7 +364,7 @@ def _compute_s(model: Model, tokens: int, device: DeviceInfo) -> float:
     attention = 4 * tokens**2 * hidden * blocks / (device.attention_flops_per_s or device.flops_per_s)
     elements = sum(block.elements for block in model.blocks)
     expansion = elements / device.expand_elements_per_s if device.expand_elements_per_s else 0.0
-    values = ELEMENTWISE * tokens * hidden * blocks
+    values = (ELEMENTWISE if device.kind == "cpu" else CARD_ELEMENTWISE) * tokens * hidden * blocks
     return products + attention + expansion + (values / device.elementwise_per_s if device.elementwise_per_s else 0.0)
 
 
