@@ -51,7 +51,7 @@ CACHE_MARGIN = 0.95
 BLOCKS_AHEAD = 2
 """That a CPU has read before it comes to them."""
 ELEMENTWISE, CARD_ELEMENTWISE = 8.0, 4.0
-"""Times through the mixture that `rates` measures, for each token and channel of a block; fitted, for cards to an H200."""
+"""Times through what `rates` measures, for each token and channel of a block; fitted, a card's to an H200."""
 _ACTIVATION, _CARD_ACTIVATION = {4: 92.0, 2: 44.0}, {4: 58.0, 2: 29.0}
 """Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size. A card's
 allocator finds a place for what a CPU's leaves as holes; 16 bits measured on an H200, fp32 taken as twice that."""
