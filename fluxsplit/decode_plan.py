@@ -11,14 +11,15 @@ both, so that the plan cannot describe another computation than the one that run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
 from fluxsplit.errors import OutOfMemory
 
 HOMES = ("device", "ram", "disk")
-"""Where planes may live, best first; `device` is RAM too where the device is the CPU."""
+"""Where planes may live, best first; `device` is RAM too where the device is the CPU. Of a card's planes as many blocks as
+fit are on the card in any case."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FACTOR = 8
 """Pixels of a picture for one of its latent, each way, in a VAE of four widths."""
@@ -26,8 +27,15 @@ BLOCK_BYTES = 8 << 20
 """Planes come in blocks of rows, which are given back one by one."""
 CPU_STRIP_BYTES = 6 << 20
 """A strip in fp32: small enough for the last-level cache, large enough that its overhead does not count."""
-MAX_STRIP_BYTES = 256 << 20
-MIN_STRIP_BYTES = 1 << 20
+MAX_STRIP_BYTES, MIN_STRIP_BYTES = 64 << 20, 1 << 20
+LOW_STRIP_BYTES = 16 << 20
+"""A card is slower with lower strips than with some planes in RAM."""
+RAM_MARGIN_BYTES = 1 << 30
+"""That a card's planes leave free of RAM."""
+BLOCK_STEP_BYTES = 2 << 20
+"""Blocks of a card's planes are multiples of it: the size of a large page of RAM."""
+HALO_BLOCKS = 2
+"""Of a plane that is given back: that of the rows which the next strip needs as well, and one that is half read."""
 CPU_KEPT_BYTES = 16 << 20
 """What oneDNN and malloc hold besides, now 3 MB and now 30; measured by `scripts/bench_decode.py --plan`."""
 CARD_KEPT_BYTES = 128 << 20
@@ -115,12 +123,22 @@ class VaePlan:
     device_bytes: int
     """The predicted peak on the device: a strip's work, weights of one layer, the allocator's own, planes if there."""
     planes_bytes: int
-    """Planes at their largest, wherever they live."""
+    """Planes at their largest, wherever they live; on a card in whole blocks."""
+    block_bytes: int = 0
+    """Of a block of any plane, on a card."""
+    kept_blocks: int = 0
+    """How many blocks a card holds; `home` is for those beyond them."""
+
+    @property
+    def elsewhere_bytes(self) -> int:
+        """Of planes, what is not on the device."""
+        return 0 if self.home == "device" else max(0, self.planes_bytes - self.kept_blocks * self.block_bytes)
 
     def text(self) -> str:
         """For people: where and how much."""
         place = {"device": "on the device", "ram": "in RAM", "disk": "in a file"}[self.home]
-        return f"{self.dtype}, peak {self.device_bytes / 1e9:.2f} GB, with {self.planes_bytes / 1e9:.2f} GB {place}"
+        rest = self.planes_bytes if self.home == "device" else self.elsewhere_bytes
+        return f"{self.dtype}, peak {self.device_bytes / 1e9:.2f} GB, with {rest / 1e9:.2f} GB of planes {place}"
 
 
 def passes_of_decoder(shape: VaeShape, height: int, width: int) -> tuple[Pass, ...]:
@@ -215,17 +233,17 @@ def strip_rows(one: Pass, strip_bytes: int) -> int:
     return ceil(height / ceil(height / most))
 
 
-def attention_tokens(tokens: int, strip_bytes: int) -> tuple[int, int]:
-    """How many queries and how many keys meet in one product: all keys, where their scores fit a strip."""
-    scores = max(4096, strip_bytes // 2)  # fp32 scores of twice a strip
-    queries = min(tokens, max(64, min(2048, scores // tokens)))
-    return queries, min(tokens, max(64, scores // queries))
+def attention_tokens(one: Pass, item_bytes: int, strip_bytes: int) -> tuple[int, int]:
+    """How many queries and how many keys meet in one product: their scores, in fp32, are as large as a strip.
 
-
-def keys_together(width: int, channels: int, item_bytes: int, strip_bytes: int) -> int:
-    """Keys of one product: those of a block; of 16 bits as many as make a strip when they are widened to fp32."""
-    block = block_rows(width * channels * item_bytes) * width
-    return block if item_bytes == 4 else min(block, max(64, strip_bytes // (4 * channels)))
+    Keys come in the blocks of their plane; of 16 bits as many as make a strip when they are widened to fp32.
+    """
+    tokens, scores = one.height * one.width, max(4096, strip_bytes // 4)
+    keys = block_rows(one.width * one.inputs * item_bytes) * one.width
+    if item_bytes < 4:
+        keys = min(keys, max(64, strip_bytes // (4 * one.inputs)))
+    keys = min(tokens, keys, scores // 64)
+    return min(tokens, max(64, min(2048, scores // keys))), keys
 
 
 def block_rows(row_bytes: int) -> int:
@@ -235,11 +253,18 @@ def block_rows(row_bytes: int) -> int:
 
 def planes_held(passes: Iterable[Pass], item_bytes: int) -> list[int]:
     """Bytes of all planes at the worst moment of each pass, with the rows given back on the way."""
+    return _held(passes, lambda height, width, channels: height * width * channels * item_bytes, lambda one: BLOCK_BYTES)
+
+
+def _held(
+    passes: Iterable[Pass], size_of: Callable[[int, int, int], int], ahead_of: Callable[[Pass], int]
+) -> list[int]:
+    """What planes hold at the worst moment of each pass; one that grows is `ahead_of` it what another gives back."""
     alive: dict[str, int] = {}
     held = []
     for one in passes:
-        read = one.height * one.width * one.inputs * item_bytes
-        made = one.out_height * one.out_width * one.outputs * item_bytes
+        read = size_of(one.height, one.width, one.inputs)
+        made = size_of(one.out_height, one.out_width, one.outputs)
         rest = sum(size for name, size in alive.items() if name not in (one.source, one.target))
         grown = made * (2 if one.shortcut else 1)
         if one.kind == "attention":
@@ -247,7 +272,7 @@ def planes_held(passes: Iterable[Pass], item_bytes: int) -> list[int]:
         elif one.adds or not one.last_use:
             held.append(rest + read + grown)
         else:
-            held.append(rest + max(read, grown) + min(read, grown, BLOCK_BYTES))
+            held.append(rest + max(read, grown) + min(read, grown, ahead_of(one)))
         if one.last_use:
             alive.pop(one.source, None)
         alive[one.target] = made
@@ -261,27 +286,54 @@ def planes_peak(passes: Iterable[Pass], item_bytes: int) -> int:
     return max(planes_held(passes, item_bytes))
 
 
-def device_peak(passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str, *, on_cpu: bool) -> int:
+def largest_block(passes: Iterable[Pass], item_bytes: int) -> int:
+    """Bytes that hold a block of any plane."""
+    most = 0
+    for one in passes:
+        for height, width, channels in (
+            (one.height, one.width, one.inputs),
+            (one.out_height, one.out_width, one.outputs),
+        ):
+            row_bytes = width * channels * item_bytes
+            most = max(most, min(height, block_rows(row_bytes)) * row_bytes)
+    return ceil(most / BLOCK_STEP_BYTES) * BLOCK_STEP_BYTES
+
+
+def blocks_held(passes: Iterable[Pass], item_bytes: int, strip_bytes: int) -> int:
+    """Blocks of all planes at the worst moment: a strip is written before what it was made of is given back."""
+
+    def blocks(height: int, width: int, channels: int) -> int:
+        return ceil(height / block_rows(width * channels * item_bytes))
+
+    def ahead(one: Pass) -> int:
+        rows = strip_rows(one, strip_bytes) * (2 if one.kind == "up" else 1)
+        written = blocks(rows, one.out_width, one.outputs) + 1
+        return written * (2 if one.shortcut else 1) + HALO_BLOCKS
+
+    return max(_held(passes, blocks, ahead))
+
+
+def device_peak(
+    passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str, *, on_cpu: bool, kept_bytes: int = 0
+) -> int:
     """Bytes on the device: planes if they live there, the work of a strip, and the picture.
 
     On a CPU what a pass has freed goes back to the system before the next one, so that each counts by itself. A card's
-    allocator keeps it: the largest work counts beside the largest planes, whenever each was.
+    allocator keeps it: the largest work counts beside all blocks of planes that are on the card, `kept_bytes`.
     """
-    held = planes_held(passes, item_bytes) if home == "device" else [0] * len(passes)
     work = [_work(one, strip_bytes, item_bytes) for one in passes]
     picture = passes[-1].out_height * passes[-1].out_width * passes[-1].outputs  # in bytes of 8 bits
     if on_cpu:
+        held = planes_held(passes, item_bytes) if home == "device" else [0] * len(passes)
         return max(a + b for a, b in zip(held, work, strict=True)) + picture + CPU_KEPT_BYTES
     workspace = int(CARD_FP32_WORKSPACE * strip_bytes) if item_bytes == 4 else 0
-    return max(held) + max(work) + picture + max(CARD_KEPT_BYTES, workspace)
+    return kept_bytes + max(work) + picture + max(CARD_KEPT_BYTES, workspace)
 
 
 def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
     if one.kind == "attention":
-        tokens = one.height * one.width
-        queries, keys = attention_tokens(tokens, strip_bytes)
-        queries, keys = (min(tokens, max(n, one.width)) for n in (queries, keys))  # whole rows
-        keys = min(keys, keys_together(one.width, one.inputs, item_bytes, strip_bytes))
+        queries, keys = attention_tokens(one, item_bytes, strip_bytes)
+        queries = min(one.height * one.width, max(queries, one.width))  # whole rows
         widened = 2 * keys * one.inputs if item_bytes == 2 else 0
         return 4 * (2 * queries * keys + 4 * queries * one.inputs + 4 * one.inputs**2 + widened)
     rows = strip_rows(one, strip_bytes)
@@ -308,31 +360,55 @@ def plan_vae(
 ) -> VaePlan:
     """The plan for passes in `dtype` within `budget_bytes` of the device.
 
-    Planes stay on the device where they fit, else go to RAM (`ram_bytes` free of it), else to a file. On a CPU device
-    and RAM are one. `smaller` asks for the n-th next smaller plan, after one ran out of memory. Raises OutOfMemory
-    where not even the smallest strips fit.
+    Planes stay on the device where they fit. Of a card's as much as fits does, and the rest goes to RAM (`ram_bytes`
+    free of it), else to a file; on a CPU, where device and RAM are one, all of it to a file. `smaller` asks for the
+    n-th next smaller plan, after one ran out of memory. Raises OutOfMemory where not even the smallest strips fit.
     """
-    item = DTYPE_BYTES[dtype]
-    planes = planes_peak(passes, item)
-    homes = [home for home in HOMES if not (on_cpu and home == "ram")]
-    for home in homes[min(smaller, len(homes) - 1) :]:
-        strip = _strip_bytes(budget_bytes, on_cpu, smaller)
-        while (
-            peak := device_peak(passes, strip, item, home, on_cpu=on_cpu)
-        ) > budget_bytes and strip > MIN_STRIP_BYTES:
-            strip //= 2
-        fits_ram = home != "ram" or ram_bytes is None or planes + peak <= ram_bytes
-        if peak <= budget_bytes and fits_ram:
-            return VaePlan(dtype, home, strip, peak, planes)
-    least = device_peak(passes, MIN_STRIP_BYTES, item, "disk", on_cpu=on_cpu)
+    if smaller:
+        larger = plan_vae(passes, dtype, budget_bytes, on_cpu=on_cpu, ram_bytes=ram_bytes, smaller=smaller - 1)
+        budget_bytes = larger.device_bytes * 3 // 4
+    choices = [("device", MIN_STRIP_BYTES), ("disk", MIN_STRIP_BYTES)]
+    if not on_cpu:
+        choices = [("device", LOW_STRIP_BYTES), ("ram", MIN_STRIP_BYTES), *choices]
+    for home, lowest_bytes in choices:
+        plan = _plan(passes, dtype, budget_bytes, home, lowest_bytes, on_cpu)
+        if plan.device_bytes <= budget_bytes and (home != "ram" or ram_bytes is None or _fits_ram(plan, ram_bytes)):
+            return plan
     size = f"{passes[-1].out_width}x{passes[-1].out_height}"
     raise OutOfMemory(
-        f"the VAE needs {least / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
+        f"the VAE needs {plan.device_bytes / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
         f"and {budget_bytes / 1e6:.0f} MB may be used",
         NO_SMALLER_PLAN_HINT,
     )
 
 
-def _strip_bytes(budget_bytes: int, on_cpu: bool, smaller: int) -> int:
-    wanted = CPU_STRIP_BYTES if on_cpu else max(MIN_STRIP_BYTES, min(MAX_STRIP_BYTES, budget_bytes // 16))
-    return max(MIN_STRIP_BYTES, wanted >> smaller)
+def _plan(
+    passes: tuple[Pass, ...], dtype: str, budget_bytes: int, home: str, lowest_bytes: int, on_cpu: bool
+) -> VaePlan:
+    """With the highest strips that fit, down to `lowest_bytes`, and then as many blocks on a card as fit beside them."""
+    item = DTYPE_BYTES[dtype]
+    strip_bytes = max(MIN_STRIP_BYTES, CPU_STRIP_BYTES if on_cpu else min(MAX_STRIP_BYTES, budget_bytes // 16))
+    while (plan := _with_strips(passes, dtype, home, strip_bytes, on_cpu)).device_bytes > budget_bytes:
+        if strip_bytes <= lowest_bytes:
+            return plan
+        strip_bytes = max(lowest_bytes, strip_bytes // 2)
+    if home == "device" or on_cpu:
+        return plan
+    kept = min(plan.planes_bytes, budget_bytes - plan.device_bytes) // plan.block_bytes
+    return replace(plan, kept_blocks=kept, device_bytes=plan.device_bytes + kept * plan.block_bytes)
+
+
+def _with_strips(passes: tuple[Pass, ...], dtype: str, home: str, strip_bytes: int, on_cpu: bool) -> VaePlan:
+    """With strips of this height, and of planes nothing on the device, or all."""
+    item = DTYPE_BYTES[dtype]
+    if on_cpu:
+        peak = device_peak(passes, strip_bytes, item, home, on_cpu=True)
+        return VaePlan(dtype, home, strip_bytes, peak, planes_peak(passes, item))
+    block_bytes, blocks = largest_block(passes, item), blocks_held(passes, item, strip_bytes)
+    kept = blocks if home == "device" else 0
+    peak = device_peak(passes, strip_bytes, item, home, on_cpu=False, kept_bytes=kept * block_bytes)
+    return VaePlan(dtype, home, strip_bytes, peak, blocks * block_bytes, block_bytes, kept)
+
+
+def _fits_ram(plan: VaePlan, ram_bytes: int) -> bool:
+    return plan.elsewhere_bytes + min(plan.device_bytes, RAM_MARGIN_BYTES) <= ram_bytes

@@ -1,13 +1,15 @@
 """Planes: stored activations of a VAE, [height, width, channels], in blocks of rows on the device, in RAM or on disk.
 
 Channels last, so that any run of rows is one piece of memory. Blocks are made when first written and dropped when
-their last row has been read; a dropped block's memory goes back at once. On disk each block is a file that has no name
-any more when it is used: it ends with the process, however that ends, and what was never written to the disk by then
-never is.
+their last row has been read. On a card all of them are of one size and are used again and again, for planes of any
+width: as many as the plan has room for are one piece of the card's memory, which no allocator can fragment, and only
+the rest are in RAM or on disk. On disk each block is a file that has no name any more when it is used: it ends with
+the process, however that ends, and what was never written to the disk by then never is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -15,6 +17,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,70 +25,90 @@ import torch
 from fluxsplit.decode_plan import block_rows
 from fluxsplit.errors import FluxsplitError
 
-POOL_STEP_BYTES = 1 << 20
-"""Blocks of a pool are multiples of it, so that those of planes of other widths fit."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Memory for some rows of a plane."""
+
+    memory: torch.Tensor
+    """uint8, at least as much as was asked for, with whatever is in it."""
+    free: list[Block] | None
+    """Where it waits to be used again; None for memory that goes back at once."""
 
 
-class Pool:
-    """Blocks of RAM for a card's planes, used again and again, pinned as far as may be.
+class Home:
+    """Where the blocks of planes live."""
 
-    Fresh pages would be faulted in anew for every plane, and what is not pinned is slow to cross the bus.
-    """
+    def __init__(
+        self,
+        kind: str,
+        device: torch.device,
+        *,
+        folder: str = "",
+        block_bytes: int = 0,
+        kept_blocks: int = 0,
+        pin_bytes: int = 0,
+    ) -> None:
+        """`kind` is one of `decode_plan.HOMES`: where blocks go when the `kept_blocks` of the device are taken.
 
-    def __init__(self, pin_bytes: int = 0) -> None:
-        """Pin at most so much, with CUDA; on AMD cards pinned memory can stall (ComfyUI#16062)."""
-        self._free: list[torch.Tensor] = []
-        self._left = pin_bytes if torch.cuda.is_available() and torch.version.hip is None else 0
+        Those in RAM are pinned, `pin_bytes` of them at most, with CUDA; on AMD cards pinned memory can stall
+        (ComfyUI#16062). `folder` is for the files of `disk`.
+        """
+        self._kind, self._device, self._folder = kind, device, folder
+        self._block_bytes = block_bytes
+        kept = torch.empty(kept_blocks * block_bytes, dtype=torch.uint8, device=device)
+        self._kept: list[Block] = []
+        self._kept += [Block(memory, self._kept) for memory in (kept.split(block_bytes) if kept_blocks else ())]
+        self._free: list[Block] = []
+        self._left = pin_bytes if device.type == "cuda" and torch.version.hip is None else 0
         self._pinned: list[torch.Tensor] = []
 
-    def take(self, count: int) -> torch.Tensor:
-        """At least `count` bytes, with whatever is in them: of what is free the smallest that will do."""
-        fitting = [raw for raw in self._free if raw.numel() >= count]
-        if not fitting:
-            return self._made(-(-count // POOL_STEP_BYTES) * POOL_STEP_BYTES)
-        best = min(fitting, key=torch.Tensor.numel)
-        self._free = [raw for raw in self._free if raw is not best]
-        return best
+    def take(self, count: int) -> Block:
+        """A block of at least `count` bytes; raises FluxsplitError where a disk is full, MemoryError, or torch's."""
+        fits = count <= self._block_bytes
+        if fits and self._kept:
+            return self._kept.pop()
+        if self._kind == "device" and self._device.type != "cpu":
+            return Block(torch.empty(count, dtype=torch.uint8, device=self._device), None)
+        if self._kind != "ram":
+            folder = self._folder if self._kind == "disk" else None
+            return Block(_mapped(count, folder), None)
+        if fits and self._free:
+            return self._free.pop()
+        return Block(self._in_ram(max(count, self._block_bytes)), self._free if fits else None)
 
-    def give(self, raw: torch.Tensor) -> None:
+    def give(self, block: Block) -> None:
         """Back for the next to take."""
-        self._free.append(raw)
+        if block.free is not None:
+            block.free.append(block)
 
     def close(self) -> None:
-        """Take the pins away; what is still in use stays what it is."""
+        """Take the pins away, after all copies; what is still in use stays what it is."""
         while self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
 
-    def _made(self, count: int) -> torch.Tensor:
-        raw = _mapped((count,), torch.uint8, None)
-        if count <= self._left and int(torch.cuda.cudart().cudaHostRegister(raw.data_ptr(), count, 0)) == 0:
-            self._left -= count
-            self._pinned.append(raw)
-        return raw
+    def _in_ram(self, count: int) -> torch.Tensor:
+        """Large pages, where there are some, since every page is filled with zeros and pinned by itself."""
+        memory = _mapped(count, None, large_pages=True)
+        if count <= self._left:
+            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), count, 0)) == 0:
+                self._left -= count
+                self._pinned.append(memory)
+            else:
+                self._left = 0
+                _forget_error(self._device)
+        return memory
 
 
 class Plane:
     """An activation [height, width, channels]; rows are written once or added to, in order."""
 
-    def __init__(
-        self,
-        size: tuple[int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        home: str,
-        folder: str = "",
-        pool: Pool | None = None,
-    ) -> None:
-        """`home` is one of `decode_plan.HOMES`; `folder` is for the files of `disk`, `pool` gives the RAM of `ram`."""
+    def __init__(self, size: tuple[int, int, int], dtype: torch.dtype, home: Home) -> None:
         self.height, self.width, self.channels = size
         self.dtype = dtype
-        self._device = device if home == "device" else torch.device("cpu")
-        self._folder = folder if home == "disk" else None
-        self._pool = pool if home == "ram" else None
-        row_bytes = self.width * self.channels * dtype.itemsize
-        self._block_rows = min(self.height, block_rows(row_bytes))
-        self._blocks: dict[int, torch.Tensor] = {}
-        self._raw: dict[int, torch.Tensor] = {}
+        self._home = home
+        self._block_rows = min(self.height, block_rows(self.width * self.channels * dtype.itemsize))
+        self._blocks: dict[int, tuple[Block, torch.Tensor]] = {}
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Rows start..stop as views [n, width, channels], each with its first row's number, in order."""
@@ -98,9 +121,7 @@ class Plane:
     def release(self, before: int) -> None:
         """Give back the blocks that lie wholly before a row."""
         for number in [n for n in self._blocks if (n + 1) * self._block_rows <= before]:
-            del self._blocks[number]
-            if self._pool is not None:
-                self._pool.give(self._raw.pop(number))
+            self._home.give(self._blocks.pop(number)[0])
 
     def close(self) -> None:
         """Give everything back."""
@@ -110,24 +131,18 @@ class Plane:
         if number not in self._blocks:
             rows = min(self._block_rows, self.height - number * self._block_rows)
             size = (rows, self.width, self.channels)
-            if self._device.type != "cpu":
-                self._blocks[number] = torch.empty(size, dtype=self.dtype, device=self._device)
-            elif self._pool is not None:
-                count = math.prod(size) * self.dtype.itemsize
-                self._raw[number] = self._pool.take(count)
-                self._blocks[number] = self._raw[number][:count].view(self.dtype).view(size)
-            else:
-                self._blocks[number] = _mapped(size, self.dtype, self._folder)
-        return self._blocks[number]
+            count = math.prod(size) * self.dtype.itemsize
+            block = self._home.take(count)
+            self._blocks[number] = block, block.memory[:count].view(self.dtype).view(size)
+        return self._blocks[number][1]
 
 
-def _mapped(size: tuple[int, ...], dtype: torch.dtype, folder: str | None) -> torch.Tensor:
-    """A tensor in a mapping of its own: of memory, or where a folder is given of a file without a name.
+def _mapped(count: int, folder: str | None, *, large_pages: bool = False) -> torch.Tensor:
+    """`count` bytes in a mapping of their own: of memory, or where a folder is given of a file without a name.
 
     malloc would keep what is freed, and break it up. A file's space is reserved here, so that a full disk is an error
     and not SIGBUS.
     """
-    count = int(torch.Size(size).numel()) * dtype.itemsize
     try:
         if folder is not None:
             mapped = _on_disk(count, folder)
@@ -142,7 +157,16 @@ def _mapped(size: tuple[int, ...], dtype: torch.dtype, folder: str | None) -> to
         raise FluxsplitError(
             f"cannot keep activations in {place}: {error.strerror}", "free some space, or set TMPDIR to another folder"
         ) from error
-    return torch.frombuffer(mapped, dtype=dtype).view(size)
+    if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def _forget_error(device: torch.device) -> None:
+    """A refused pin is what CUDA answers once more when it is next asked how the last launch went."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _on_disk(count: int, folder: str) -> mmap.mmap:

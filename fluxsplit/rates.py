@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES
+from fluxsplit.reader import copying_threads
 from fluxsplit.weights import WeightFile
 
 MEASURE_S, RUNS = 0.05, 3
@@ -70,30 +72,31 @@ def _with_rates(
 
 
 def feed_bytes_per_s(path: str) -> float:
-    """Bytes a second that all of torch's threads copy out of the page cache, from the middle of a file's map.
+    """Bytes a second that the reader's threads copy out of the page cache, from the middle of a file's map.
 
     Infinite for a file that is too small to tell.
     """
+    with ThreadPoolExecutor(max_workers=1) as apart:  # how many threads copy is a setting of each
+        return apart.submit(_feed, path, copying_threads()).result()
+
+
+def _feed(path: str, threads: int) -> float:
     file = WeightFile(path)
     size_bytes = Path(path).stat().st_size
-    count = min(FEED_BYTES, size_bytes) // PIECE_BYTES
-    if not count:
+    count_bytes = min(FEED_BYTES, size_bytes) // PIECE_BYTES * PIECE_BYTES
+    if not count_bytes:
         return math.inf
-    start = (size_bytes - count * PIECE_BYTES) // 2
+    torch.set_num_threads(threads)
     here = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-
-    def copy() -> None:
-        for at in range(start, start + count * PIECE_BYTES, PIECE_BYTES):
-            here.copy_(file.bytes_at(at, at + PIECE_BYTES))
-
-    file.map_pages(start, start + count * PIECE_BYTES)
-    copy()  # from the disk, where it was not in the cache
     best_s = math.inf
-    for _ in range(RUNS):
+    for run in range(RUNS + 1):  # elsewhere each time, since what was copied once may be in the processor's cache
+        start = max(0, min(size_bytes // 2 + (run - 1) * count_bytes, size_bytes - count_bytes))
+        file.map_pages(start, start + count_bytes)
         started_s = time.perf_counter()
-        copy()
+        for at in range(start, start + count_bytes, PIECE_BYTES):
+            here.copy_(file.bytes_at(at, at + PIECE_BYTES))
         best_s = min(best_s, time.perf_counter() - started_s)
-    return count * PIECE_BYTES / max(best_s, 1e-9)
+    return count_bytes / max(best_s, 1e-9)
 
 
 def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInfo:

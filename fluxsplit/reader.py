@@ -1,10 +1,12 @@
 """A thread that brings bytes of weight files into memory of the device, in pieces and in order.
 
-To a card they go through a few pinned pieces of RAM: a piece is copied out of the file's map by all of torch's threads
-at once, its copies to the card begin, and while they travel the next piece is filled. Neither a second file nor the
-model in RAM is made on the way. Copying out of the page cache is what takes longest, 5 to 20 GB/s a thread, so that it
-has to be shared; but not among threads of Python's. Whoever computes needs the interpreter's lock thousands of times a
-step, and waits for it behind everybody who reads: beside twelve of them it launched a third of the kernels.
+To a card they go through a few pinned pieces of RAM: a piece is copied out of the file's map by several of torch's
+threads at once, its copies to the card begin, and while they travel the next piece is filled. Neither a second file nor
+the model in RAM is made on the way. Copying out of the page cache is what takes longest, 5 to 10 GB/s a thread, so that
+it has to be shared; but not among threads of Python's. Whoever computes needs the interpreter's lock thousands of times
+a step, and waits for it behind everybody who reads: beside twelve of them it launched a third of the kernels. Nor among
+as many threads as there are cores: they wait for the slowest of them, which is the one that whoever computes has
+pushed off its core (scripts/bench_floor.py).
 
 To copy nothing and have the card fetch from the page cache itself, through parts of the map that are pinned in turn,
 was tried too: taking a pin away waits until the card is idle (docs/decisions.md, 2026-11-26).
@@ -69,6 +71,7 @@ class Reader:
         """Without a thread of its own whoever begins a filling does the reading."""
         self._files, self._piece_bytes = files, piece_bytes
         self._ring = deque(_Piece(_pinned(piece_bytes)) for _ in range(PIECES if in_pieces else 0))
+        self._copiers = copying_threads()  # asked here: a thread that never asked would take over what the other one sets
         self._waiting: queue.SimpleQueue[Filling | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
@@ -103,6 +106,8 @@ class Reader:
     def _work(self) -> None:
         filling: Filling | None = None
         try:
+            if self._ring:
+                torch.set_num_threads(self._copiers)  # of this thread alone
             while (filling := self._waiting.get()) is not None and not self._closed:
                 self._bring(filling)
                 filling.done.set()
@@ -172,6 +177,11 @@ def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
             start = stop
     if together:
         yield together
+
+
+def copying_threads() -> int:
+    """How many of torch's threads copy, for one that has its own of them: the others are for whoever computes."""
+    return max(1, torch.get_num_threads() // 2)
 
 
 def _buffer(memory: torch.Tensor) -> memoryview:

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, keys_together, strip_rows
+from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, strip_rows
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory import free_ram_bytes
-from fluxsplit.planes import Plane, Pool, give_back_freed
+from fluxsplit.planes import Home, Plane, give_back_freed
 
 TRIM_STRIPS = 8
 """glibc leaves a hole for every strip, just too small for the next: 0.2 GB by the end of a pass of 4096 rows."""
@@ -97,8 +97,10 @@ class Affine:
     def into(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         """Write silu(rows * scale + shift) to `out`; computed in fp32, rounded once."""
         wide = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
-        if rows.dtype != torch.float32 or rows.device != wide.device:
-            rows = wide.copy_(rows)
+        if rows.dtype == torch.float32 and rows.device != wide.device:
+            rows = wide.copy_(rows, non_blocking=rows.is_pinned())
+        elif rows.dtype != torch.float32:  # crosses the bus in 16 bits, and is widened on the other side
+            rows = wide.copy_(_sent(rows, wide.device))
         torch.addcmul(self.shift, rows, self.scale, out=wide)
         if self.activated:
             F.silu(wide, inplace=True)
@@ -132,7 +134,7 @@ class Window:
         for row, piece in self._plane.pieces(first, last):
             out = self._buffer[row - start : row - start + len(piece)]
             if self._affine is None:
-                out.copy_(piece)
+                out.copy_(_sent(piece, out.device))
             else:
                 self._affine.into(piece, out)
         self._buffer[last - start : stop - start].zero_()
@@ -146,9 +148,16 @@ class Strips:
     ) -> None:
         """`layer` gives a parameter by name, in the dtype and on the device; `folder` is for planes on disk."""
         self._plan, self._dtype, self._device, self._groups = plan, dtype, device, groups
-        self._layer, self._folder = layer, folder
+        self._layer = layer
         self._buffers: dict[str, torch.Tensor] = {}
-        self._pool = Pool(int(free_ram_bytes() * PINNED_SHARE) if plan.home == "ram" else 0)
+        self._home = Home(
+            plan.home,
+            device,
+            folder=folder,
+            block_bytes=plan.block_bytes,
+            kept_blocks=plan.kept_blocks,
+            pin_bytes=int(free_ram_bytes() * PINNED_SHARE) if plan.home == "ram" else 0,
+        )
         self.planes: dict[str, Plane] = {}
         self._moments: dict[str, Moments] = {}
 
@@ -160,7 +169,7 @@ class Strips:
         try:
             self._run(passes, sink, advance)
         finally:
-            self._pool.close()
+            self._home.close()
 
     def _run(self, passes: tuple[Pass, ...], sink: Sink, advance: Callable[[float], None]) -> None:
         total = sum(one.operations for one in passes)
@@ -179,8 +188,7 @@ class Strips:
 
     def plane(self, height: int, width: int, channels: int) -> Plane:
         """A new plane where the plan wants it."""
-        size = (height, width, channels)
-        return Plane(size, self._dtype, self._device, self._plan.home, self._folder, self._pool)
+        return Plane((height, width, channels), self._dtype, self._home)
 
     def moments(self, channels: int) -> Moments:
         """New statistics."""
@@ -211,7 +219,7 @@ class Strips:
             stop = min(start + rows, one.height)
             if straight is not None:
                 for row, piece in source.pieces(start, stop):
-                    target.shortcut(row, convolve(piece.to(self._device), *straight))
+                    target.shortcut(row, convolve(_sent(piece, self._device), *straight))
             target.put(start, convolve(window.rows(start - 1, stop + 1), weight, bias, padding=(0, 1)))
             if one.last_use:
                 source.release(stop)
@@ -251,9 +259,8 @@ class Strips:
         """x + out(softmax(q k^T / sqrt(C)) v), q, k and v being linear in the normalised x (diffusers `Attention`)."""
         affine = self._affine(one)
         assert affine is not None
-        queries, keys = (
-            max(1, n // one.width) for n in attention_tokens(one.height * one.width, self._plan.strip_bytes)
-        )
+        queries, keys = attention_tokens(one, self._dtype.itemsize, self._plan.strip_bytes)
+        queries = max(1, queries // one.width)
         projected = [self.plane(one.height, one.width, one.inputs) for _ in range(2)]
         for start in range(0, one.height, queries):
             stop = min(start + queries, one.height)
@@ -267,6 +274,8 @@ class Strips:
             seen = self._attend(query, projected[0], projected[1], keys)
             target.put(start, self._linear(one, "to_out.0", seen.to(self._dtype)).view(stop - start, one.width, -1))
             yield stop / one.height
+        for plane in projected:
+            plane.close()
         self._buffers.clear()
 
     def _tokens(self, one: Pass, affine: Affine, start: int, stop: int) -> torch.Tensor:
@@ -279,30 +288,27 @@ class Strips:
         weight = self._layer(f"{one.weights}.{name}.weight").view(one.outputs, one.inputs)
         return F.linear(tokens, weight, self._layer(f"{one.weights}.{name}.bias"))
 
-    def _attend(self, query: torch.Tensor, keys: Plane, values: Plane, rows: int) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, keys: Plane, values: Plane, together: int) -> torch.Tensor:
         """Weighted means of values [n, C] in fp32 for queries [n, C] that are scaled already."""
         highest = query.new_full((len(query), 1), -torch.inf)
         total = torch.zeros_like(highest)
         gathered = torch.zeros_like(query)
-        for start in range(0, keys.height, rows):
-            for some_keys, some_values in self._widened(keys, values, start, min(start + rows, keys.height)):
-                shape = torch.Size((len(query), len(some_keys)))
-                scores = torch.mm(query, some_keys.T, out=self._buffer("scores", shape))
-                higher = torch.maximum(highest, scores.amax(1, keepdim=True))
-                shares = scores.sub_(higher).exp_()
-                fade = (highest - higher).exp_()
-                total.mul_(fade).add_(shares.sum(1, keepdim=True))
-                gathered.mul_(fade).addmm_(shares, some_values)
-                highest = higher
+        for some_keys, some_values in self._widened(keys, values, together):
+            shape = torch.Size((len(query), len(some_keys)))
+            scores = torch.mm(query, some_keys.T, out=self._buffer("scores", shape))
+            higher = torch.maximum(highest, scores.amax(1, keepdim=True))
+            shares = scores.sub_(higher).exp_()
+            fade = (highest - higher).exp_()
+            total.mul_(fade).add_(shares.sum(1, keepdim=True))
+            gathered.mul_(fade).addmm_(shares, some_values)
+            highest = higher
         return gathered.div_(total)
 
-    def _widened(
-        self, keys: Plane, values: Plane, start: int, stop: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of rows start..stop in fp32, each [n, C], of 16 bits no more at once than make a strip."""
-        together = keys_together(keys.width, keys.channels, keys.dtype.itemsize, self._plan.strip_bytes)
-        for (_, key), (_, value) in zip(keys.pieces(start, stop), values.pieces(start, stop), strict=True):
-            flat = (piece.to(self._device).reshape(-1, keys.channels) for piece in (key, value))
+    def _widened(self, keys: Plane, values: Plane, together: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All keys and values in fp32, each [n, C], n being `together` at most."""
+        both = zip(keys.pieces(0, keys.height), values.pieces(0, values.height), strict=True)
+        for (_, key), (_, value) in both:
+            flat = (_sent(piece, self._device).reshape(-1, keys.channels) for piece in (key, value))
             for some_keys, some_values in zip(*(piece.split(together) for piece in flat), strict=True):
                 if some_keys.dtype != torch.float32:
                     some_keys = self._buffer("keys", some_keys.shape).copy_(some_keys)  # noqa: PLW2901
@@ -343,8 +349,8 @@ class _Target:
         for row, piece in self._made.pieces(start, start + len(rows)):
             part = rows[row - start : row - start + len(piece)]
             if self._one.adds:
-                part.add_(piece.to(part.device))
-            piece.copy_(part)
+                part.add_(_sent(piece, part.device))
+            _store(piece, part)
             if self._moments is not None:
                 self._moments.update(part)
 
@@ -365,7 +371,17 @@ class _Target:
 
 def _write(plane: Plane, start: int, rows: torch.Tensor) -> None:
     for row, piece in plane.pieces(start, start + len(rows)):
-        piece.copy_(rows[row - start : row - start + len(piece)])
+        _store(piece, rows[row - start : row - start + len(piece)])
+
+
+def _sent(piece: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A plane's rows on the device. Nobody waits for those that come from pinned RAM: all is in order on one stream."""
+    return piece if piece.device == device else piece.to(device, non_blocking=piece.is_pinned())
+
+
+def _store(piece: torch.Tensor, rows: torch.Tensor) -> None:
+    """Rows to their place in a plane, likewise."""
+    piece.copy_(rows, non_blocking=piece.device != rows.device and piece.is_pinned())
 
 
 def convolve(

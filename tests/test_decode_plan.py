@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from fluxsplit.decode_plan import (
@@ -9,6 +11,7 @@ from fluxsplit.decode_plan import (
     HOMES,
     VaeShape,
     attention_tokens,
+    blocks_held,
     device_peak,
     passes_of_decoder,
     passes_of_encoder,
@@ -83,8 +86,20 @@ def test_the_same_budget_holds_any_size() -> None:
 def test_a_smaller_plan_is_smaller() -> None:
     passes = passes_of_decoder(FLUX, 128, 128)
     plans = [plan_vae(passes, "bf16", 8 * GB, on_cpu=False, smaller=n) for n in range(3)]
-    assert [plan.home for plan in plans] == ["device", "ram", "disk"]
-    assert plans[0].device_bytes > plans[1].device_bytes > plans[2].device_bytes
+    assert plans[0].home == "device" and plans[2].home == "ram"
+    assert all(small.device_bytes <= 0.75 * large.device_bytes for large, small in pairwise(plans))
+
+
+def test_what_fits_of_the_planes_stays_on_the_card() -> None:
+    passes = passes_of_decoder(FLUX, 256, 256)
+    plans = [plan_vae(passes, "fp32", budget * GB, on_cpu=False, ram_bytes=64 * GB) for budget in (1, 2, 4, 8)]
+    assert [plan.home for plan in plans] == ["ram", "ram", "ram", "device"]
+    assert plans[3].kept_blocks == blocks_held(passes, 4, plans[3].strip_bytes) and plans[3].elsewhere_bytes == 0
+    for plan, budget in zip(plans[:3], (1, 2, 4), strict=True):
+        assert budget * GB - plan.block_bytes < plan.device_bytes <= budget * GB
+        assert plan.elsewhere_bytes + plan.kept_blocks * plan.block_bytes == plan.planes_bytes
+    short = plan_vae(passes, "fp32", 2 * GB, on_cpu=False, ram_bytes=3 * GB)
+    assert short.home == "disk" and short.kept_blocks == plans[1].kept_blocks
 
 
 def test_what_cannot_fit_says_what_it_needs() -> None:
@@ -101,7 +116,10 @@ def test_strips_cover_their_plane_evenly() -> None:
 
 
 def test_chunks_of_the_attention_are_bounded() -> None:
-    for tokens in (1, 100, 16992, 262144):
-        queries, keys = attention_tokens(tokens, 6 << 20)
-        assert 1 <= queries <= tokens and 1 <= keys <= tokens and queries * keys <= 6 << 20
+    for height, width in ((1, 1), (10, 10), (118, 144), (512, 512)):
+        attention = next(one for one in passes_of_decoder(FLUX, height, width) if one.kind == "attention")
+        for item_bytes in (2, 4):
+            queries, keys = attention_tokens(attention, item_bytes, 6 << 20)
+            assert 1 <= queries <= height * width and 1 <= keys <= height * width
+            assert 4 * queries * keys <= 6 << 20
     assert device_peak(passes_of_decoder(FLUX, 512, 512), 6 << 20, 4, "disk", on_cpu=True) < GB // 4

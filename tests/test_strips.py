@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import synthetic_checkpoint
 from fluxsplit import checkpoint
-from fluxsplit.decode_plan import VaePlan, VaeShape
+from fluxsplit.decode_plan import VaePlan, VaeShape, blocks_held, largest_block
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.models import demo_files
-from fluxsplit.planes import Plane, Pool
+from fluxsplit.planes import Home, Plane, _forget_error
 from fluxsplit.strips import EPSILON, Moments, NotFinite, convolve, phase_kernels
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Vae, levels, load_vae
@@ -187,7 +187,7 @@ def test_tiles_are_diffusers_own(random_vae: Vae) -> None:
 
 def test_planes_give_back_what_was_read(tmp_path: Path) -> None:
     for home in ("device", "ram", "disk"):
-        plane = Plane((1500, 64, 32), torch.float32, CPU, home, str(tmp_path))  # 12 MB: two blocks
+        plane = Plane((1500, 64, 32), torch.float32, Home(home, CPU, folder=str(tmp_path)))  # 12 MB: two blocks
         for start, piece in plane.pieces(0, 1500):
             piece.copy_(torch.arange(start, start + len(piece))[:, None, None].expand_as(piece))
         pieces = list(plane.pieces(1000, 1100))
@@ -201,7 +201,7 @@ def test_planes_give_back_what_was_read(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_is_an_error_and_no_crash(tmp_path: Path) -> None:
-    plane = Plane((1, 1 << 30, 1 << 13), torch.float32, CPU, "disk", str(tmp_path))  # 35 TB
+    plane = Plane((1, 1 << 30, 1 << 13), torch.float32, Home("disk", CPU, folder=str(tmp_path)))  # 35 TB
     with pytest.raises(FluxsplitError, match="cannot keep activations"):
         next(iter(plane.pieces(0, 1)))
 
@@ -217,15 +217,39 @@ def test_the_shape_is_read_off_the_weights(random_vae: Vae) -> None:
     assert loaded(demo_files().vae).shape == VaeShape((16, 24, 48, 64), 1, 8, False, 16)
 
 
-def test_a_pool_gives_again_what_it_was_given() -> None:
-    pool = Pool()
-    small, large = pool.take(3 << 20), pool.take((8 << 20) + 1)
-    assert small.numel() == 3 << 20 and large.numel() == 9 << 20
-    pool.give(large)
-    pool.give(small)
-    assert pool.take(2 << 20).data_ptr() == small.data_ptr(), "the smallest that will do"
-    assert pool.take(2 << 20).data_ptr() == large.data_ptr()
-    assert pool.take(1).data_ptr() not in (small.data_ptr(), large.data_ptr())
+def test_blocks_are_used_again_those_of_the_device_first() -> None:
+    home = Home("ram", CPU, block_bytes=8 << 20, kept_blocks=2)
+    blocks = [home.take(count) for count in (5 << 20, 8 << 20, 3 << 20, (8 << 20) + 1)]
+    assert [block.memory.numel() for block in blocks] == [8 << 20, 8 << 20, 8 << 20, (8 << 20) + 1]
+    places = [block.memory.data_ptr() for block in blocks]
+    assert abs(places[0] - places[1]) == 8 << 20, "one piece of memory"
+    for block in blocks:
+        home.give(block)
+    again = [home.take(1).memory.data_ptr() for _ in range(4)]
+    assert set(again[:2]) == set(places[:2]) and again[2] == places[2] and again[3] not in places
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 11), (40, 24), (64, 4)])
+def test_the_plan_knows_how_many_blocks_there_are(
+    vae: Vae, height: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the planned ones they would go to a folder that is not there."""
+    for module in ("fluxsplit.decode_plan", "fluxsplit.planes"):
+        monkeypatch.setattr(f"{module}.BLOCK_BYTES", 1 << 14, raising=False)
+    passes = vae.decoder_passes(height, width)
+    latents = torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(0))
+    whole = decoded(vae, latents, plan(1 << 17))
+    block_bytes = largest_block(passes, 4)
+    for strip_bytes in STRIPS:
+        blocks = blocks_held(passes, 4, strip_bytes)
+        how = VaePlan("fp32", "disk", strip_bytes, 0, 0, block_bytes, blocks)
+        got = decoded(vae, latents, how, tmp_path / "nowhere")
+        assert float((got - whole).abs().max()) <= TOLERANCE
+    blocks = blocks_held(passes, 4, 1 << 15)
+    with pytest.raises(FluxsplitError, match="cannot keep activations"):
+        decoded(vae, latents, VaePlan("fp32", "disk", 1 << 15, 0, 0, block_bytes, blocks - 8), tmp_path / "nowhere")
+    half = VaePlan("fp32", "ram", 1 << 15, 0, 0, block_bytes, blocks // 2)
+    assert torch.equal(decoded(vae, latents, half), decoded(vae, latents, plan(1 << 15)))
 
 
 @pytest.mark.gpu
@@ -245,3 +269,27 @@ def test_on_a_card_strips_are_the_picture_of_the_cpu(
     encoded = card.encode(pixels, plan(strip_bytes, home), folder=str(tmp_path))
     wanted = random_vae.encode(pixels, plan(STRIPS[-1]))
     assert float((encoded - wanted).abs().max()) <= 1e-4 * max(1, float(wanted.abs().max()))
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_planes_partly_on_a_card_are_the_same_picture(random_vae: Vae, tmp_path: Path) -> None:
+    card = load_vae(random_vae.part, random_vae.files, torch.device("cuda", 0))
+    latents = torch.randn(1, 16, 96, 88, generator=torch.Generator().manual_seed(0))
+    passes = card.decoder_passes(96, 88)
+    for dtype, item_bytes in (("fp32", 4), ("bf16", 2)):
+        block_bytes, blocks = largest_block(passes, item_bytes), blocks_held(passes, item_bytes, 1 << 20)
+        whole = decoded(card, latents, VaePlan(dtype, "device", 1 << 20, 0, 0, block_bytes, blocks))
+        for home in ("ram", "disk"):
+            for kept in (0, 1, blocks // 2):
+                got = decoded(card, latents, VaePlan(dtype, home, 1 << 20, 0, 0, block_bytes, kept), tmp_path)
+                assert torch.equal(got, whole), (dtype, home, kept)
+
+
+@pytest.mark.gpu
+def test_a_card_that_may_pin_no_more_goes_on() -> None:
+    device = torch.device("cuda", 0)
+    pinned = torch.empty(8 << 20, dtype=torch.uint8, pin_memory=True)
+    assert int(torch.cuda.cudart().cudaHostRegister(pinned.data_ptr(), 4096, 0)) != 0, "it is pinned already"
+    _forget_error(device)
+    assert float(torch.ones(4, device=device).sum()) == 4
