@@ -18,8 +18,8 @@ from math import ceil
 from fluxsplit.errors import OutOfMemory
 
 HOMES = ("device", "ram", "disk")
-"""Where planes may live, best first; `device` is RAM too where the device is the CPU. Of a card's planes as many blocks as
-fit are on the card in any case."""
+"""Where planes may live, best first; `device` is RAM too where the device is the CPU. Of a card's planes as many blocks
+as fit are on the card in any case."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FACTOR = 8
 """Pixels of a picture for one of its latent, each way, in a VAE of four widths."""
@@ -253,7 +253,11 @@ def block_rows(row_bytes: int) -> int:
 
 def planes_held(passes: Iterable[Pass], item_bytes: int) -> list[int]:
     """Bytes of all planes at the worst moment of each pass, with the rows given back on the way."""
-    return _held(passes, lambda height, width, channels: height * width * channels * item_bytes, lambda one: BLOCK_BYTES)
+
+    def plane(height: int, width: int, channels: int) -> int:
+        return height * width * channels * item_bytes
+
+    return _held(passes, plane, lambda one: BLOCK_BYTES)
 
 
 def _held(
@@ -385,8 +389,7 @@ def plan_vae(
 def _plan(
     passes: tuple[Pass, ...], dtype: str, budget_bytes: int, home: str, lowest_bytes: int, on_cpu: bool
 ) -> VaePlan:
-    """With the highest strips that fit, down to `lowest_bytes`, and then as many blocks on a card as fit beside them."""
-    item = DTYPE_BYTES[dtype]
+    """With the highest strips that fit, down to `lowest_bytes`, and as many blocks on a card as fit beside them."""
     strip_bytes = max(MIN_STRIP_BYTES, CPU_STRIP_BYTES if on_cpu else min(MAX_STRIP_BYTES, budget_bytes // 16))
     while (plan := _with_strips(passes, dtype, home, strip_bytes, on_cpu)).device_bytes > budget_bytes:
         if strip_bytes <= lowest_bytes:

@@ -149,6 +149,8 @@ def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:
         rows.append(("slots", memory.slots * memory.slot_bytes, f"{memory.slots} of {bytes_text(memory.slot_bytes)}"))
     if memory.pinned_bytes:
         rows.append(("pinned RAM", memory.pinned_bytes, "that blocks pass through; not of the budget"))
+    if memory.pinnable_bytes:
+        rows.append(("pinned file", memory.pinnable_bytes, "of its pages in RAM at most, if a step waits for copies"))
     chunk = "" if memory.query_chunk is None else f", attention in chunks of {memory.query_chunk} queries"
     rows += [
         ("base", memory.base_bytes, "libraries, small weights"),

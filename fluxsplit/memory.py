@@ -51,6 +51,8 @@ class DeviceInfo:
     """Values through a fixed mixture of casts, multiplications and GELU; stands for all that is no product."""
     bus_bytes_per_s: float | None = None
     """From the machine's RAM to the device; None for a CPU, which has none to cross."""
+    feed_bytes_per_s: float | None = None
+    """Copied out of the page cache by those who feed the bus, where that is measured."""
     disk_bytes_per_s: float | None = None
     """From the disk that holds the weights, where it was measured: only if they do not stay in RAM."""
     ram_bytes: int | None = None

@@ -37,6 +37,8 @@ CARD_BASE_BYTES = 200_000_000
 """Of the allocator on a card: libraries' workspaces and rounding; measured on an H200."""
 MODULATION = ("norm.linear", "norm1.linear", "norm1_context.linear")
 """The matrices of diffusers' blocks, single and double, that are needed before the first step only (`modulation`)."""
+PINNED_SHARE = 0.25
+"""Of free RAM, at most."""
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SCORE_VALUE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}
@@ -113,6 +115,8 @@ class MemoryPlan:
     slot_bytes: int
     pinned_bytes: int
     """RAM that the copies go through."""
+    pinnable_bytes: int
+    """Of what streams, how much may be pinned in the page cache, if copies are what a step waits for."""
     base_bytes: int
     """Libraries, small weights."""
     scratch_bytes: int
@@ -131,7 +135,7 @@ class MemoryPlan:
     step_s: float | None
     """Predicted for one step of one picture, the pictures of a pass sharing what is streamed; None where unknown."""
     limit: str
-    """What a step waits for: compute, bus or disk; empty where unknown."""
+    """What a step waits for: compute, bus, copies in RAM or disk; empty where unknown."""
 
     def text(self) -> str:
         """One line for people."""
@@ -285,7 +289,9 @@ def _plan(
     pinned = 0 if on_cpu else PIECES * (PIECE_BYTES + ONCE_PIECE_BYTES)
     fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, pinned)
     streamed_bytes, fleeting_bytes = (sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting))
-    step_s, limit = _step(model, tokens, work.forwards, device, (streamed_bytes, fleeting_bytes), together)
+    pinnable = _pinnable(device, streamed_bytes - fleeting_bytes) if slots > 1 else 0
+    moved = (streamed_bytes, streamed_bytes - pinnable, fleeting_bytes)
+    step_s, limit = _step(model, tokens, work.forwards, device, moved, together)
     return MemoryPlan(
         device=device.kind,
         budget_bytes=budget_bytes,
@@ -299,6 +305,7 @@ def _plan(
         slots=slots,
         slot_bytes=slot_bytes,
         pinned_bytes=pinned,
+        pinnable_bytes=pinnable,
         base_bytes=base,
         scratch_bytes=scratch,
         activation_bytes=activation,
@@ -310,6 +317,10 @@ def _plan(
         step_s=step_s,
         limit=limit,
     )
+
+
+def _pinnable(device: DeviceInfo, streamed_bytes: int) -> int:
+    return min(streamed_bytes, int((device.ram_bytes or 0) * PINNED_SHARE)) if device.kind == "cuda" else 0
 
 
 def _with_smallest(plan: MemoryPlan, smallest_bytes: int) -> MemoryPlan:
@@ -338,11 +349,17 @@ def _query_chunk(model: Model, tokens: int, dtype: str, device: DeviceInfo) -> i
 
 
 def _step(
-    model: Model, tokens: Sequence[int], forwards: int, device: DeviceInfo, moved_bytes: tuple[int, int], together: int
+    model: Model,
+    tokens: Sequence[int],
+    forwards: int,
+    device: DeviceInfo,
+    moved_bytes: tuple[int, int, int],
+    together: int,
 ) -> tuple[float | None, str]:
     """Seconds of one step of one picture in a pass of `together`, and what they are spent on.
 
-    `moved_bytes` are those that stream in a pass, and those of them that come from the disk.
+    `moved_bytes` are those that stream in a pass, those of them that have to be copied in RAM, and those that come
+    from the disk.
     """
     if device.flops_per_s is None:
         return None, ""
@@ -350,8 +367,10 @@ def _step(
     times = {"compute": compute}
     if device.bus_bytes_per_s:
         times["bus"] = moved_bytes[0] / device.bus_bytes_per_s
-    if device.disk_bytes_per_s and moved_bytes[1]:
-        times["disk"] = moved_bytes[1] / device.disk_bytes_per_s
+    if device.feed_bytes_per_s:
+        times["copies in RAM"] = moved_bytes[1] / device.feed_bytes_per_s
+    if device.disk_bytes_per_s and moved_bytes[2]:
+        times["disk"] = moved_bytes[2] / device.disk_bytes_per_s
     limit = max(times, key=lambda name: times[name])
     return times[limit] / together, limit
 

@@ -90,6 +90,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         slots=plan.slots,
         ahead=plan.slots > 1,
         fleeting=frozenset(plan.fleeting),
+        pin_bytes=plan.pinnable_bytes,
         on_read=told.read,
     )
     before: dict[str, Any] = {"once": True, "piece_bytes": ONCE_PIECE_BYTES, "on_read": told.read}

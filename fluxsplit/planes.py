@@ -24,6 +24,7 @@ import torch
 
 from fluxsplit.decode_plan import block_rows
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.pinned import can_pin, pin, unpin
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +52,7 @@ class Home:
     ) -> None:
         """`kind` is one of `decode_plan.HOMES`: where blocks go when the `kept_blocks` of the device are taken.
 
-        Those in RAM are pinned, `pin_bytes` of them at most, with CUDA; on AMD cards pinned memory can stall
-        (ComfyUI#16062). `folder` is for the files of `disk`.
+        Those in RAM are pinned, where that can be, `pin_bytes` of them at most. `folder` is for the files of `disk`.
         """
         self._kind, self._device, self._folder = kind, device, folder
         self._block_bytes = block_bytes
@@ -60,7 +60,7 @@ class Home:
         self._kept: list[Block] = []
         self._kept += [Block(memory, self._kept) for memory in (kept.split(block_bytes) if kept_blocks else ())]
         self._free: list[Block] = []
-        self._left = pin_bytes if device.type == "cuda" and torch.version.hip is None else 0
+        self._left = pin_bytes if can_pin(device) else 0
         self._pinned: list[torch.Tensor] = []
 
     def take(self, count: int) -> Block:
@@ -85,18 +85,17 @@ class Home:
     def close(self) -> None:
         """Take the pins away, after all copies; what is still in use stays what it is."""
         while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
+            unpin(self._pinned.pop())
 
     def _in_ram(self, count: int) -> torch.Tensor:
         """Large pages, where there are some, since every page is filled with zeros and pinned by itself."""
         memory = _mapped(count, None, large_pages=True)
         if count <= self._left:
-            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), count, 0)) == 0:
+            if pin(memory):
                 self._left -= count
                 self._pinned.append(memory)
             else:
                 self._left = 0
-                _forget_error(self._device)
         return memory
 
 
@@ -161,12 +160,6 @@ def _mapped(count: int, folder: str | None, *, large_pages: bool = False) -> tor
         with contextlib.suppress(OSError):  # a kernel without them
             mapped.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapped, dtype=torch.uint8)
-
-
-def _forget_error(device: torch.device) -> None:
-    """A refused pin is what CUDA answers once more when it is next asked how the last launch went."""
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device=device)
 
 
 def _on_disk(count: int, folder: str) -> mmap.mmap:

@@ -71,21 +71,21 @@ def _with_rates(
     )
 
 
-def feed_bytes_per_s(path: str) -> float:
+def feed_bytes_per_s(path: str) -> float | None:
     """Bytes a second that the reader's threads copy out of the page cache, from the middle of a file's map.
 
-    Infinite for a file that is too small to tell.
+    None for a file that is too small to tell.
     """
     with ThreadPoolExecutor(max_workers=1) as apart:  # how many threads copy is a setting of each
         return apart.submit(_feed, path, copying_threads()).result()
 
 
-def _feed(path: str, threads: int) -> float:
+def _feed(path: str, threads: int) -> float | None:
     file = WeightFile(path)
     size_bytes = Path(path).stat().st_size
     count_bytes = min(FEED_BYTES, size_bytes) // PIECE_BYTES * PIECE_BYTES
     if not count_bytes:
-        return math.inf
+        return None
     torch.set_num_threads(threads)
     here = torch.empty(PIECE_BYTES, dtype=torch.uint8)
     best_s = math.inf
@@ -102,11 +102,10 @@ def _feed(path: str, threads: int) -> float:
 def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInfo:
     """`info` with how fast the weights in `path` come.
 
-    The bus is no faster than those who feed it copy out of the page cache. The disk counts where the weights do not all
-    stay in RAM.
+    The disk counts where the weights do not all stay in RAM.
     """
     if info.bus_bytes_per_s is not None:
-        info = replace(info, bus_bytes_per_s=min(info.bus_bytes_per_s, feed_bytes_per_s(path)))
+        info = replace(info, feed_bytes_per_s=feed_bytes_per_s(path))
     if info.ram_bytes is None or weight_bytes <= info.ram_bytes * CACHE_MARGIN or not hasattr(os, "posix_fadvise"):
         return info
     return replace(info, disk_bytes_per_s=_disk(path))

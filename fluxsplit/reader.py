@@ -8,26 +8,34 @@ a step, and waits for it behind everybody who reads: beside twelve of them it la
 as many threads as there are cores: they wait for the slowest of them, which is the one that whoever computes has
 pushed off its core (scripts/bench_floor.py).
 
-To copy nothing and have the card fetch from the page cache itself, through parts of the map that are pinned in turn,
-was tried too: taking a pin away waits until the card is idle (docs/decisions.md, 2026-11-26).
+Where that is too slow, which is where a thread never has to wait for the card, blocks are pinned in the page cache, one
+after the other until it has to: the card fetches those by itself, and they cost neither a copy nor memory of ours, but
+for the run their pages cannot be dropped from RAM. So there is a limit to them.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory_plan import PIECES
-from fluxsplit.weights import WeightFiles
+from fluxsplit.pinned import FilePins, pinned_ram
+from fluxsplit.weights import Span, WeightFiles
 
 POLL_S = 0.5
+BEHIND = 0.1
+"""A thread that waits for less than this share of its time is what everything waits for."""
+T = TypeVar("T")
+
 MAX_GAP_BYTES = 1 << 20
 """Between two runs that share a piece: biases and norms, which lie among the matrices of a file."""
 
@@ -44,6 +52,11 @@ class Run:
     def stop(self) -> int:
         """Where they end in the file."""
         return self.start + self.memory.numel()
+
+    @property
+    def span(self) -> Span:
+        """The bytes of the file."""
+        return Span(self.path, self.start, self.stop)
 
     def within(self, start: int, stop: int) -> Run:
         """The part of it that lies in start..stop."""
@@ -67,11 +80,18 @@ class Filling:
 class Reader:
     """Brings runs in, one filling after the other; `in_pieces` to where the file's bytes cannot be read to directly."""
 
-    def __init__(self, files: WeightFiles, *, in_pieces: bool, piece_bytes: int, with_thread: bool) -> None:
-        """Without a thread of its own whoever begins a filling does the reading."""
+    def __init__(
+        self, files: WeightFiles, *, in_pieces: bool, piece_bytes: int, with_thread: bool, pin_bytes: int = 0
+    ) -> None:
+        """Without a thread of its own whoever begins a filling does the reading.
+
+        At most `pin_bytes` of the files are pinned in the page cache.
+        """
         self._files, self._piece_bytes = files, piece_bytes
-        self._ring = deque(_Piece(_pinned(piece_bytes)) for _ in range(PIECES if in_pieces else 0))
-        self._copiers = copying_threads()  # asked here: a thread that never asked would take over what the other one sets
+        self._ring = deque(_Piece(pinned_ram(piece_bytes)) for _ in range(PIECES if in_pieces else 0))
+        self._pins = FilePins(files, pin_bytes if with_thread else 0)
+        self._pace = _Pace()
+        self._copiers = copying_threads()  # asked here, since a thread that never asked takes over what another sets
         self._waiting: queue.SimpleQueue[Filling | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
@@ -96,6 +116,11 @@ class Reader:
         if self._failure is not None:
             raise _as_error(self._failure)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of files, in the page cache."""
+        return self._pins.bytes
+
     def close(self) -> None:
         """End the thread; what it has not begun is not done."""
         self._closed = True
@@ -103,12 +128,16 @@ class Reader:
         if self.thread is not None:
             self.thread.join(timeout=30)
 
+    def unpin(self) -> None:
+        """Let the files' pages go; nothing may be on its way from them."""
+        self._pins.close()
+
     def _work(self) -> None:
         filling: Filling | None = None
         try:
             if self._ring:
                 torch.set_num_threads(self._copiers)  # of this thread alone
-            while (filling := self._waiting.get()) is not None and not self._closed:
+            while (filling := self._pace.waiting(self._waiting.get)) is not None and not self._closed:
                 self._bring(filling)
                 filling.done.set()
         except BaseException as error:  # whatever it was, the computation must not wait for ever nor go on
@@ -123,10 +152,31 @@ class Reader:
                 if filling.fleeting:
                     self._files.open(run.path).give_back(run.start, run.stop)
             return
+        if self._fetched(filling):
+            return
         for runs in _shared(filling.runs, self._piece_bytes):
             if self._closed:
                 return
             self._through_a_piece(runs, filling)
+        if self._pace.is_behind() and not filling.fresh:
+            self._pins.add([run.span for run in filling.runs])
+            self._pace.forgive()
+
+    def _fetched(self, filling: Filling) -> bool:
+        """Have the card fetch what is pinned; False for a filling that is not."""
+        parts = [(run.memory, self._pins.parts(run.span)) for run in filling.runs]
+        if any(pinned is None for _, pinned in parts):
+            return False
+        for path in {run.path for run in filling.runs}:
+            self._files.open(path).check_unchanged()
+        assert filling.stream is not None
+        with torch.cuda.stream(filling.stream):
+            for memory, pinned in parts:
+                start = 0
+                for part in pinned or ():
+                    memory[start : start + len(part)].copy_(part, non_blocking=True)
+                    start += len(part)
+        return True
 
     def _through_a_piece(self, runs: Sequence[Run], filling: Filling) -> None:
         """Runs of one file that fit a piece, gaps between them included."""
@@ -138,7 +188,7 @@ class Reader:
         piece = self._ring[0]
         self._ring.rotate(1)
         if piece.copied is not None:
-            piece.copied.synchronize()
+            self._pace.waiting(piece.copied.synchronize)
         if from_disk:  # in one request, as faults in the map would have it read in small pieces
             file.read_into(_buffer(piece.memory[: stop - start]), start)
         else:
@@ -151,6 +201,31 @@ class Reader:
                 run.memory.copy_(piece.memory[run.start - start : run.stop - start], non_blocking=True)
         piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
         piece.copied.record(filling.stream)
+
+
+class _Pace:
+    """Whether the thread waits for others or others for it."""
+
+    def __init__(self) -> None:
+        self._since_s, self._waited_s = time.perf_counter(), 0.0
+
+    def waiting(self, wait: Callable[[], T]) -> T:
+        """What `wait` returns."""
+        began_s = time.perf_counter()
+        got = wait()
+        self._waited_s += time.perf_counter() - began_s
+        return got
+
+    def is_behind(self) -> bool:
+        """Since this was last asked."""
+        now_s = time.perf_counter()
+        behind = self._waited_s < BEHIND * (now_s - self._since_s)
+        self._since_s, self._waited_s = now_s, 0.0
+        return behind
+
+    def forgive(self) -> None:
+        """Whoever was pinned was read late, and so is what comes next."""
+        self._waited_s = math.inf
 
 
 @dataclass(slots=True, eq=False)
@@ -180,22 +255,14 @@ def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
 
 
 def copying_threads() -> int:
-    """How many of torch's threads copy, for one that has its own of them: the others are for whoever computes."""
-    return max(1, torch.get_num_threads() // 2)
+    """How many of torch's threads copy: two cores are left to whoever computes."""
+    return max(1, torch.get_num_threads() - 2)
 
 
 def _buffer(memory: torch.Tensor) -> memoryview:
     """A uint8 tensor on the CPU as something that can be read into."""
     array: Any = memory.numpy()
     return memoryview(array)
-
-
-def _pinned(count: int) -> torch.Tensor:
-    """RAM that the card can read by itself; plain RAM where the driver refuses (its copies then wait)."""
-    try:
-        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError:
-        return torch.empty(count, dtype=torch.uint8)
 
 
 def _as_error(failure: BaseException) -> BaseException:

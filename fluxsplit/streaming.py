@@ -107,12 +107,14 @@ class Streaming:
         fleeting: frozenset[int] = frozenset(),
         as_card: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
+        pin_bytes: int = 0,
         on_read: OnRead = lambda count: None,
     ) -> None:
         """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does.
 
         `fleeting` are blocks for which there is no room in RAM: their pages are given back once they are read, so that
         those of the others stay.
+        Of the file at most `pin_bytes` are pinned in RAM, where reading it is what everything waits for.
         `as_card` is for tests of a CPU: through pinned pieces and streams, as a card needs it.
         """
         self._files, self._device, self._on_read = files, device, on_read
@@ -122,7 +124,8 @@ class Streaming:
         self._order = iter(order) if once else itertools.cycle(order)
         self._fresh, self._fleeting = set(self._streamed), fleeting
         self._as_card = device.type == "cuda" if as_card is None else as_card
-        self._reader = Reader(files, in_pieces=self._as_card, piece_bytes=piece_bytes, with_thread=ahead)
+        how = {"in_pieces": self._as_card, "with_thread": ahead}
+        self._reader = Reader(files, piece_bytes=piece_bytes, pin_bytes=pin_bytes, **how)
         self._load([self._layouts[number] for number in sorted(resident)])
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
         self._free = deque(_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0))
@@ -165,6 +168,9 @@ class Streaming:
         for slot in (*self._coming, *self._free):
             if slot.stream is not None:
                 torch.cuda.current_stream(self._device).wait_stream(slot.stream)
+        if self._reader.pinned_bytes:
+            torch.cuda.synchronize(self._device)
+        self._reader.unpin()
         for number in self._streamed:
             detach(self._layouts[number])
 

@@ -27,12 +27,11 @@ import torch.nn.functional as F
 from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, strip_rows
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory import free_ram_bytes
+from fluxsplit.memory_plan import PINNED_SHARE
 from fluxsplit.planes import Home, Plane, give_back_freed
 
 TRIM_STRIPS = 8
 """glibc leaves a hole for every strip, just too small for the next: 0.2 GB by the end of a pass of 4096 rows."""
-PINNED_SHARE = 0.25
-"""Of free RAM, at most, for planes that do not fit a card."""
 EPSILON = 1e-6
 """Of every GroupNorm in the VAE (diffusers `vae.py`)."""
 

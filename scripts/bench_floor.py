@@ -122,7 +122,7 @@ def card_rates(path: Path, device: torch.device) -> dict[str, object]:
     """Bytes a second from pinned memory to the card, and out of the page cache by all of torch's threads."""
     read_s(path)
     fed = feed_bytes_per_s(str(path))
-    return {"bus_bytes_per_s": round(bus_bytes_per_s(device)), "page_cache_bytes_per_s": round(fed)}
+    return {"bus_bytes_per_s": round(bus_bytes_per_s(device)), "page_cache_bytes_per_s": fed and round(fed)}
 
 
 def main() -> None:

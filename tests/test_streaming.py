@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import random
 import sys
@@ -17,14 +18,14 @@ import torch
 from simulated_card import Card
 from small_flux import image, sample, write_conditioning, write_flux
 
-from fluxsplit import checkpoint
+from fluxsplit import checkpoint, pinned, reader
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.read_ahead import ReadAhead, spans
 from fluxsplit.reader import Reader
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
-from fluxsplit.weights import WeightFile, WeightFiles
+from fluxsplit.weights import Span, WeightFile, WeightFiles
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -50,6 +51,21 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def text(tmp_path: Path) -> Conditioning:
     return read_conditioning(write_conditioning(tmp_path / "text", 0))
+
+
+@pytest.fixture
+def pins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of everything that is pinned at the time."""
+    found: list[int] = []
+
+    def pin(memory: torch.Tensor, *, read_only: bool = False) -> bool:
+        assert read_only and memory.data_ptr() % mmap.PAGESIZE == 0 == memory.numel() % mmap.PAGESIZE
+        found.append(memory.numel())
+        return True
+
+    monkeypatch.setattr(pinned, "pin", pin)
+    monkeypatch.setattr(pinned, "unpin", lambda memory: found.remove(memory.numel()))
+    return found
 
 
 @pytest.fixture
@@ -108,13 +124,16 @@ def test_streamed_is_resident_to_the_bit(
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soon(
-    path: Path, ahead: bool, slots: int, monkeypatch: pytest.MonkeyPatch
+    path: Path, ahead: bool, slots: int, monkeypatch: pytest.MonkeyPatch, pins: list[int]
 ) -> None:
     """Every order that the events allow: a computation sees the block it was given, as often as it is brought in."""
+    monkeypatch.setattr(reader, "BEHIND", 2.0)  # of its time: always
     for seed in range(12):
         card = Card(monkeypatch, seed)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device, card=card: card.run())
         flux, files = load(path)
         how: dict[str, Any] = {"as_card": True, "piece_bytes": 1 << (11 + seed % 4), "slots": slots, "ahead": ahead}
+        how["pin_bytes"] = (1 << 30, 2 * block_bytes(flux) // BLOCKS, 0)[seed % 3]
         loader = Streaming(flux.blocks, files, CPU, resident=frozenset({seed % BLOCKS}), **how)
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number in [*range(BLOCKS)] * 3:
@@ -125,7 +144,10 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
                     seen[-1][0].copy_(place.linear.stored.view(torch.uint8), non_blocking=True)
         for slot in loader._coming if seed % 2 else ():  # with copies under way
             assert slot.filling is not None and slot.filling.done.wait(30)
+        assert bool(pins) == bool(how["pin_bytes"] and ahead and loader._reader.pinned_bytes)
+        assert sum(pins) <= how["pin_bytes"]
         loader.close()
+        assert not pins, "what was pinned is pinned no more"
         over = [slot.memory for slot in (*loader._coming, *loader._free)]
         for memory in over:  # as whoever is given this memory next
             memory.copy_(torch.full_like(memory, 7), non_blocking=True)
@@ -133,6 +155,69 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
         assert card.copies > 3 * BLOCKS
         assert all(torch.equal(got, wanted) for got, wanted in seen)
         assert all(bool((memory == 7).all()) for memory in over)
+
+
+def test_spans_of_a_file_are_pinned_as_they_lie(tmp_path: Path, pins: list[int]) -> None:
+    place = tmp_path / "weights"
+    page = mmap.PAGESIZE
+    data = random.Random(0).randbytes(10 * page)
+    place.write_bytes(data)
+    ends = ((3, 5 * page - 480), (5 * page - 480, 5 * page - 380), (5 * page, 7 * page), (7 * page + 1, 10 * page - 9))
+    some = [Span(str(place), *both) for both in ends]
+    held = pinned.FilePins(WeightFiles(), sum(span.bytes for span in some))
+    assert held.parts(some[0]) is None
+    assert held.add(some)
+    for span in some:
+        parts = held.parts(span)
+        assert parts is not None
+        assert b"".join(part.numpy().tobytes() for part in parts) == data[span.start : span.stop]
+    assert sum(pins) == held.bytes == (3 + 0 + 2 + 1) * page
+    assert not held.add([Span(str(place), 0, 1)]), "no more than that"
+    held.close()
+    assert not pins and held.parts(some[0]) is None
+
+
+def test_where_the_driver_refuses_a_pin_nothing_is_lost(
+    path: Path, text: Conditioning, loaders: list[Streaming | ReadAhead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of a block's matrices, after which no pin is asked for."""
+    Card(monkeypatch, at_once=True)
+    flux, _ = load(path)
+    wanted = flux.velocities(forwards(text))
+    monkeypatch.setattr(reader, "BEHIND", 2.0)
+    answers = iter([True, False])
+    monkeypatch.setattr(pinned, "pin", lambda memory, read_only: next(answers))
+    unpinned: list[int] = []
+    monkeypatch.setattr(pinned, "unpin", lambda memory: unpinned.append(memory.numel()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    flux, files = load(path)
+    flux.loader = loader = Streaming(flux.blocks, files, CPU, as_card=True, pin_bytes=1 << 30)
+    for _ in range(4):
+        got = flux.velocities(forwards(text))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    loader.close()
+    assert next(answers, None) is None and len(unpinned) == 1
+
+
+def test_what_is_pinned_is_what_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def later(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    pace = reader._Pace()
+    later(1)
+    assert pace.is_behind(), "all of a second at work"
+    later(0.5)
+    assert pace.waiting(lambda: later(0.5)) is None
+    assert not pace.is_behind()
+    pace.forgive()
+    later(1)
+    assert not pace.is_behind()
+    later(1)
+    assert pace.is_behind()
 
 
 @pytest.mark.parametrize("fleeting", [(), (1, 3), tuple(range(BLOCKS))])
@@ -402,11 +487,17 @@ def test_a_read_past_the_end_is_an_error(path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("resident", [frozenset(), frozenset({0, 2}), frozenset(range(BLOCKS))])
-@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize(("ahead", "pin_bytes"), [(True, 0), (True, 1 << 30), (False, 0)])
 def test_on_a_card_streamed_is_resident_to_the_bit(
-    path: Path, text: Conditioning, resident: frozenset[int], ahead: bool
+    path: Path,
+    text: Conditioning,
+    resident: frozenset[int],
+    ahead: bool,
+    pin_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With pieces so small that every matrix takes several, over several passes."""
+    """With pieces so small that every matrix takes several, over several passes; the last from pinned pages."""
+    monkeypatch.setattr(reader, "BEHIND", 2.0)
     card = torch.device("cuda", 0)
 
     def velocities(**options: Any) -> list[torch.Tensor]:
@@ -418,13 +509,15 @@ def test_on_a_card_streamed_is_resident_to_the_bit(
                 child.move(card)
         loader = Streaming(flux.blocks, files, card, **options)
         flux.loader = loader
-        for _ in range(4):
+        for _ in range(12):
             found = flux.velocities(forwards(text, 3))
+        streams = bool(pin_bytes) and len(resident) < BLOCKS and "pin_bytes" in options
+        assert bool(loader._reader.pinned_bytes) == (streams and pinned.can_pin(card))
         loader.close()
         return [velocity.cpu() for velocity in found]
 
     wanted = velocities(resident=frozenset(range(BLOCKS)))
-    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000)
+    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000, pin_bytes=pin_bytes)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

@@ -18,7 +18,8 @@ from fluxsplit import checkpoint
 from fluxsplit.decode_plan import VaePlan, VaeShape, blocks_held, largest_block
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.models import demo_files
-from fluxsplit.planes import Home, Plane, _forget_error
+from fluxsplit.pinned import pin
+from fluxsplit.planes import Home, Plane
 from fluxsplit.strips import EPSILON, Moments, NotFinite, convolve, phase_kernels
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Vae, levels, load_vae
@@ -290,6 +291,5 @@ def test_planes_partly_on_a_card_are_the_same_picture(random_vae: Vae, tmp_path:
 def test_a_card_that_may_pin_no_more_goes_on() -> None:
     device = torch.device("cuda", 0)
     pinned = torch.empty(8 << 20, dtype=torch.uint8, pin_memory=True)
-    assert int(torch.cuda.cudart().cudaHostRegister(pinned.data_ptr(), 4096, 0)) != 0, "it is pinned already"
-    _forget_error(device)
+    assert not pin(pinned), "it is pinned already"
     assert float(torch.ones(4, device=device).sum()) == 4
