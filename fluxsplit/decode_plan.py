@@ -24,7 +24,7 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FACTOR = 8
 """Pixels of a picture for one of its latent, each way, in a VAE of four widths."""
 BLOCK_BYTES = 8 << 20
-"""Planes come in blocks of rows, which are given back one by one."""
+"""Planes come in blocks of rows, no larger than this unless a row is, which are given back one by one."""
 CPU_STRIP_BYTES = 6 << 20
 """A strip in fp32: small enough for the last-level cache, large enough that its overhead does not count."""
 MAX_STRIP_BYTES, MIN_STRIP_BYTES = 64 << 20, 1 << 20
@@ -247,8 +247,8 @@ def attention_tokens(one: Pass, item_bytes: int, strip_bytes: int) -> tuple[int,
 
 
 def block_rows(row_bytes: int) -> int:
-    """Rows in a block of a plane."""
-    return max(1, ceil(BLOCK_BYTES / row_bytes))
+    """Rows in a block of a plane: as many as fit, so that blocks of all planes are about equally large."""
+    return max(1, BLOCK_BYTES // row_bytes)
 
 
 def planes_held(passes: Iterable[Pass], item_bytes: int) -> list[int]:
