@@ -88,7 +88,16 @@ def device_info(device: torch.device) -> DeviceInfo:
     if device.type == "cpu":
         free = free_ram_bytes()
         cores = torch.get_num_threads()
-        return DeviceInfo("cpu", "cpu", free, total_ram_bytes(), unified=True, ram_bytes=free, cores=cores)
+        return DeviceInfo(
+            "cpu",
+            "cpu",
+            free,
+            total_ram_bytes(),
+            unified=True,
+            ram_bytes=free,
+            cores=cores,
+            processor_cores=cores,
+        )
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     properties = torch.cuda.get_device_properties(device)
     return DeviceInfo(
@@ -99,6 +108,7 @@ def device_info(device: torch.device) -> DeviceInfo:
         unified=bool(getattr(properties, "is_integrated", False)),
         ram_bytes=free_ram_bytes(),
         cores=int(properties.multi_processor_count),
+        processor_cores=torch.get_num_threads(),
         fused_attention=_has_fused_attention(properties),
         growing_segments=_has_growing_segments(),
     )

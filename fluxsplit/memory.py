@@ -58,6 +58,8 @@ class DeviceInfo:
     ram_bytes: int | None = None
     """RAM that is free for the page cache; None where nobody knows."""
     cores: int = 1
+    processor_cores: int = 1
+    """Of the machine's processor, as many as torch uses."""
     fused_attention: bool = True
     """False where attention would materialise the score matrix (RDNA2): it is then computed in chunks of queries."""
     growing_segments: bool = True

@@ -27,8 +27,10 @@ from fluxsplit.work import PREPARED_TOGETHER, Work, tokens_of
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PIECE_BYTES, ONCE_PIECE_BYTES, PIECES = 32 << 20, 8 << 20, 3
-"""Pinned RAM that a card's blocks travel through, and what comes before the steps; powers of two, as torch makes it."""
+PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
+"""Pinned RAM of each thread that reads, for a card's blocks and before the steps; powers of two, as torch makes it."""
+MAX_READERS, OTHERS = 6, 2
+"""Threads that read for a card, at most, and cores that are left to who computes and to the system."""
 CPU_BASE_BYTES = 415_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}
@@ -110,6 +112,8 @@ class MemoryPlan:
     fleeting_bytes: int
     modulation_bytes: int
     """Moved once, before the first step."""
+    readers: int
+    """Threads that read for a card."""
     slots: int
     """Device memory for blocks in turn; 0 where nothing is copied, 1 where reading and computing take turns."""
     slot_bytes: int
@@ -203,6 +207,11 @@ def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int,
     return _with_smallest(_plan(model, work, device, budget_bytes, dtype, 1, least.streamed, 1), least.peak_bytes)
 
 
+def readers_of(device: DeviceInfo) -> int:
+    """How many threads read for a card: they copy in RAM, which takes a core."""
+    return max(1, min(MAX_READERS, device.processor_cores - OTHERS))
+
+
 def smaller_budget(plan: MemoryPlan) -> int | None:
     """The budget to try after a plan ran out of memory; None where there is nothing left to give up."""
     target = int(min(plan.budget_bytes, plan.peak_bytes) * 0.75)
@@ -286,7 +295,8 @@ def _plan(
     if not device.growing_segments and not on_cpu:
         lost = int(peak * FRAGMENTED)
         base, peak = base + lost, peak + lost
-    pinned = 0 if on_cpu else PIECES * (PIECE_BYTES + ONCE_PIECE_BYTES)
+    readers = 0 if on_cpu else readers_of(device)
+    pinned = readers * (PIECE_BYTES + ONCE_PIECE_BYTES)
     fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, pinned)
     streamed_bytes, fleeting_bytes = (sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting))
     pinnable = _pinnable(device, streamed_bytes - fleeting_bytes) if slots > 1 else 0
@@ -302,6 +312,7 @@ def _plan(
         fleeting=tuple(sorted(fleeting)),
         fleeting_bytes=fleeting_bytes,
         modulation_bytes=model.modulation_bytes,
+        readers=readers,
         slots=slots,
         slot_bytes=slot_bytes,
         pinned_bytes=pinned,

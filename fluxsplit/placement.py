@@ -78,6 +78,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
             lambda: ReadAhead(matrices, files, fleeting, told.read, once=True),
         )
     keep_within(plan.budget_bytes, flux.device)
+    torch.set_num_threads(1)  # what is left to a CPU is small, and threads that wait for more of it would spin
     inside = {id(child) for block in flux.blocks for child in block.modules()}
     for child in flux.module.modules():
         if isinstance(child, StoredLinear) and id(child) not in inside:
@@ -89,12 +90,13 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         resident=frozenset(plan.resident),
         slots=plan.slots,
         ahead=plan.slots > 1,
+        readers=plan.readers,
         fleeting=frozenset(plan.fleeting),
         pin_bytes=plan.pinnable_bytes,
         on_read=told.read,
     )
-    before: dict[str, Any] = {"once": True, "piece_bytes": ONCE_PIECE_BYTES, "on_read": told.read}
-    return Placed(blocks, lambda: Streaming(matrices, files, flux.device, **before))
+    before: dict[str, Any] = {"once": True, "piece_bytes": ONCE_PIECE_BYTES, "readers": plan.readers}
+    return Placed(blocks, lambda: Streaming(matrices, files, flux.device, on_read=told.read, **before))
 
 
 class _Load:

@@ -33,8 +33,8 @@ class Block:
 
     memory: torch.Tensor
     """uint8, at least as much as was asked for, with whatever is in it."""
-    free: list[Block] | None
-    """Where it waits to be used again; None for memory that goes back at once."""
+    pool: str = ""
+    """Among which it waits to be used again, `kept` or `ram`; empty for memory that goes back at once."""
 
 
 class Home:
@@ -57,33 +57,33 @@ class Home:
         self._kind, self._device, self._folder = kind, device, folder
         self._block_bytes = block_bytes
         kept = torch.empty(kept_blocks * block_bytes, dtype=torch.uint8, device=device)
-        self._kept: list[Block] = []
-        self._kept += [Block(memory, self._kept) for memory in (kept.split(block_bytes) if kept_blocks else ())]
-        self._free: list[Block] = []
+        self._free: dict[str, list[Block]] = {"kept": [], "ram": []}
+        if kept_blocks:
+            self._free["kept"] += [Block(memory, "kept") for memory in kept.split(block_bytes)]
         self._left = pin_bytes if can_pin(device) else 0
         self._pinned: list[torch.Tensor] = []
 
     def take(self, count: int) -> Block:
         """A block of at least `count` bytes; raises FluxsplitError where a disk is full, MemoryError, or torch's."""
-        fits = count <= self._block_bytes
-        if fits and self._kept:
-            return self._kept.pop()
+        if count <= self._block_bytes:
+            for pool in ("kept", "ram"):
+                if self._free[pool]:
+                    return self._free[pool].pop()
         if self._kind == "device" and self._device.type != "cpu":
-            return Block(torch.empty(count, dtype=torch.uint8, device=self._device), None)
+            return Block(torch.empty(count, dtype=torch.uint8, device=self._device))
         if self._kind != "ram":
-            folder = self._folder if self._kind == "disk" else None
-            return Block(_mapped(count, folder), None)
-        if fits and self._free:
-            return self._free.pop()
-        return Block(self._in_ram(max(count, self._block_bytes)), self._free if fits else None)
+            return Block(_mapped(count, self._folder if self._kind == "disk" else None))
+        return Block(self._in_ram(max(count, self._block_bytes)), "ram" if count <= self._block_bytes else "")
 
     def give(self, block: Block) -> None:
         """Back for the next to take."""
-        if block.free is not None:
-            block.free.append(block)
+        if block.pool:
+            self._free[block.pool].append(block)
 
     def close(self) -> None:
-        """Take the pins away, after all copies; what is still in use stays what it is."""
+        """Let go of what waits, and of the pins, after all copies; what is still in use stays what it is."""
+        for waiting in self._free.values():
+            waiting.clear()
         while self._pinned:
             unpin(self._pinned.pop())
 

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES
-from fluxsplit.reader import copying_threads
+from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
 from fluxsplit.weights import WeightFile
 
 MEASURE_S, RUNS = 0.05, 3
@@ -29,7 +28,7 @@ MEASURE_S, RUNS = 0.05, 3
 MAX_TOKENS, MAX_CARD_TOKENS = 512, 4096
 """A card is not busy with few."""
 BUS_BYTES = 32 << 20
-FEED_BYTES = 128 << 20
+FEED_BYTES = 256 << 20
 """At most so much is copied, to learn how fast that is."""
 QUERY_CHUNK = 512
 DISK_BYTES, DISK_S = 64 << 20, 0.3
@@ -71,32 +70,29 @@ def _with_rates(
     )
 
 
-def feed_bytes_per_s(path: str) -> float | None:
-    """Bytes a second that the reader's threads copy out of the page cache, from the middle of a file's map.
+def feed_bytes_per_s(path: str, readers: int) -> float | None:
+    """Bytes a second that so many threads of the reader's copy out of the page cache, from the middle of a file.
 
     None for a file that is too small to tell.
     """
-    with ThreadPoolExecutor(max_workers=1) as apart:  # how many threads copy is a setting of each
-        return apart.submit(_feed, path, copying_threads()).result()
-
-
-def _feed(path: str, threads: int) -> float | None:
-    file = WeightFile(path)
-    size_bytes = Path(path).stat().st_size
-    count_bytes = min(FEED_BYTES, size_bytes) // PIECE_BYTES * PIECE_BYTES
-    if not count_bytes:
+    pieces = min(FEED_BYTES, Path(path).stat().st_size) // PIECE_BYTES
+    if not pieces:
         return None
-    torch.set_num_threads(threads)
-    here = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+    file = WeightFile(path)
+    start = (Path(path).stat().st_size - pieces * PIECE_BYTES) // 2
+    buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(readers)]
+
+    def read(reader: int) -> None:
+        for number in range(reader, pieces, readers):
+            file.read_into(buffers[reader], start + number * PIECE_BYTES)
+
     best_s = math.inf
-    for run in range(RUNS + 1):  # elsewhere each time, since what was copied once may be in the processor's cache
-        start = max(0, min(size_bytes // 2 + (run - 1) * count_bytes, size_bytes - count_bytes))
-        file.map_pages(start, start + count_bytes)
-        started_s = time.perf_counter()
-        for at in range(start, start + count_bytes, PIECE_BYTES):
-            here.copy_(file.bytes_at(at, at + PIECE_BYTES))
-        best_s = min(best_s, time.perf_counter() - started_s)
-    return count_bytes / max(best_s, 1e-9)
+    with ThreadPoolExecutor(max_workers=readers) as threads:
+        for _ in range(RUNS + 1):  # the first may read from the disk
+            started_s = time.perf_counter()
+            list(threads.map(read, range(readers)))
+            best_s = min(best_s, time.perf_counter() - started_s)
+    return pieces * PIECE_BYTES / max(best_s, 1e-9)
 
 
 def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInfo:
@@ -105,7 +101,7 @@ def with_file_rates(info: DeviceInfo, path: str, weight_bytes: int) -> DeviceInf
     The disk counts where the weights do not all stay in RAM.
     """
     if info.bus_bytes_per_s is not None:
-        info = replace(info, feed_bytes_per_s=feed_bytes_per_s(path))
+        info = replace(info, feed_bytes_per_s=feed_bytes_per_s(path, readers_of(info)))
     if info.ram_bytes is None or weight_bytes <= info.ram_bytes * CACHE_MARGIN or not hasattr(os, "posix_fadvise"):
         return info
     return replace(info, disk_bytes_per_s=_disk(path))

@@ -1,25 +1,24 @@
-"""A thread that brings bytes of weight files into memory of the device, in pieces and in order.
+"""Threads that bring bytes of weight files into memory of the device, in pieces.
 
-To a card they go through a few pinned pieces of RAM: a piece is copied out of the file's map by several of torch's
-threads at once, its copies to the card begin, and while they travel the next piece is filled. Neither a second file nor
-the model in RAM is made on the way. Copying out of the page cache is what takes longest, 5 to 10 GB/s a thread, so that
-it has to be shared; but not among threads of Python's. Whoever computes needs the interpreter's lock thousands of times
-a step, and waits for it behind everybody who reads: beside twelve of them it launched a third of the kernels. Nor among
-as many threads as there are cores: they wait for the slowest of them, which is the one that whoever computes has
-pushed off its core (scripts/bench_floor.py).
+To a card they go through pinned pieces of RAM, one for each thread: it is filled with what the page cache or the disk
+holds of the file, its copies to the card begin, and as soon as they have ended it is filled again. Neither a second
+file nor the model in RAM is made on the way. A thread copies 5 or 6 GB/s out of the page cache, so that there are
+several; but not many, and with large pieces, since whoever computes needs the interpreter's lock thousands of times a
+step and waits for it behind everybody who reads: beside twelve of them with small pieces it launched a third of the
+kernels. Nor torch's own threads: they spin while they wait, and all of them wait for the one that whoever computes has
+pushed off its core, at worst for 4 GB/s (docs/decisions.md, 2026-11-26).
 
-Where that is too slow, which is where a thread never has to wait for the card, blocks are pinned in the page cache, one
-after the other until it has to: the card fetches those by itself, and they cost neither a copy nor memory of ours, but
-for the run their pages cannot be dropped from RAM. So there is a limit to them.
+Where the threads work for more than half of their time they take the processor from whoever computes, or are too slow
+already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches those by
+itself, and they cost neither a copy nor memory of ours, but for the run their pages cannot be dropped from RAM. So
+there is a limit to them.
 """
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,17 +26,16 @@ from typing import Any, TypeVar
 import torch
 
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.memory_plan import PIECES
 from fluxsplit.pinned import FilePins, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
 POLL_S = 0.5
-BEHIND = 0.1
-"""A thread that waits for less than this share of its time is what everything waits for."""
-T = TypeVar("T")
-
+BUSY = 0.5
+"""Share of their time for which threads may work."""
 MAX_GAP_BYTES = 1 << 20
 """Between two runs that share a piece: biases and norms, which lie among the matrices of a file."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +64,7 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class Filling:
-    """Runs that are being brought in; in pieces their copies go to `stream`."""
+    """Runs that are being brought in; a card's copies go to `stream`."""
 
     runs: Sequence[Run]
     stream: torch.cuda.Stream | None
@@ -74,44 +72,65 @@ class Filling:
     """Whether the bytes may not be in RAM yet."""
     fleeting: bool = False
     """Whether they are not to stay there."""
+    left: int = 0
+    """Parts of it that are not read yet."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(slots=True, eq=False)
+class _Piece:
+    memory: torch.Tensor
+    copied: torch.cuda.Event | None = None
+    """When its last copies have left it."""
+
+
+_Part = tuple[Filling, list[Run]]
+
+
 class Reader:
-    """Brings runs in, one filling after the other; `in_pieces` to where the file's bytes cannot be read to directly."""
+    """Brings runs in, in order; `in_pieces` to where the file's bytes cannot be read to directly."""
 
     def __init__(
-        self, files: WeightFiles, *, in_pieces: bool, piece_bytes: int, with_thread: bool, pin_bytes: int = 0
+        self, files: WeightFiles, *, in_pieces: bool, piece_bytes: int, threads: int, pin_bytes: int = 0
     ) -> None:
-        """Without a thread of its own whoever begins a filling does the reading.
+        """Without threads whoever begins a filling does the reading.
 
         At most `pin_bytes` of the files are pinned in the page cache.
         """
         self._files, self._piece_bytes = files, piece_bytes
-        self._ring = deque(_Piece(pinned_ram(piece_bytes)) for _ in range(PIECES if in_pieces else 0))
-        self._pins = FilePins(files, pin_bytes if with_thread else 0)
-        self._pace = _Pace()
-        self._copiers = copying_threads()  # asked here, since a thread that never asked takes over what another sets
-        self._waiting: queue.SimpleQueue[Filling | None] = queue.SimpleQueue()
+        self._pins, self._pace = FilePins(files, pin_bytes if threads else 0), _Pace()
+        self._lock, self._pinning = threading.Lock(), threading.Lock()
+        self._waiting: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
-        self.thread: threading.Thread | None = None
-        if with_thread:
-            self.thread = threading.Thread(target=self._work, name="weights reader", daemon=True)
-            self.thread.start()
+        pieces = [_Piece(pinned_ram(piece_bytes)) if in_pieces else None for _ in range(max(1, threads))]
+        self._piece = pieces[0]
+        self.threads = [
+            threading.Thread(target=self._work, args=(piece,), name="weights reader", daemon=True)
+            for piece in pieces[:threads]
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def begin(self, filling: Filling) -> None:
-        """Begin to bring it in."""
-        if self.thread is None:
-            self._bring(filling)
+        """Begin to bring it in. Raises FluxsplitError where the file is not the one that was opened."""
+        if self._fetched(filling):
             filling.done.set()
-        else:
-            self._waiting.put(filling)
+            return
+        parts = list(_shared(filling.runs, self._piece_bytes)) if self._piece else [list(filling.runs)]
+        filling.left = len(parts)
+        for runs in parts:
+            if self.threads:
+                self._waiting.put((filling, runs))
+            else:
+                self._bring(runs, filling, self._piece)
+        if not (self.threads and parts):
+            filling.done.set()
 
     def wait(self, filling: Filling) -> None:
-        """Until all of it is read, on a card all its copies given to its stream; raises what the thread met."""
+        """Until all of it is read, on a card all its copies given to its stream; raises what a thread met."""
         while not filling.done.wait(POLL_S) and self._failure is None:
-            if self.thread is None or not self.thread.is_alive():
+            if not all(thread.is_alive() for thread in self.threads):
                 raise FluxsplitError("the thread that reads the weights ended", "run it again with --debug")
         if self._failure is not None:
             raise _as_error(self._failure)
@@ -122,77 +141,60 @@ class Reader:
         return self._pins.bytes
 
     def close(self) -> None:
-        """End the thread; what it has not begun is not done."""
+        """End the threads; what they have not begun is not done."""
         self._closed = True
-        self._waiting.put(None)
-        if self.thread is not None:
-            self.thread.join(timeout=30)
+        for _ in self.threads:
+            self._waiting.put(None)
+        for thread in self.threads:
+            thread.join(timeout=30)
 
     def unpin(self) -> None:
         """Let the files' pages go; nothing may be on its way from them."""
         self._pins.close()
 
-    def _work(self) -> None:
+    def _work(self, piece: _Piece | None) -> None:
         filling: Filling | None = None
         try:
-            if self._ring:
-                torch.set_num_threads(self._copiers)  # of this thread alone
-            while (filling := self._pace.waiting(self._waiting.get)) is not None and not self._closed:
-                self._bring(filling)
-                filling.done.set()
+            while (part := self._pace.waiting(self._waiting.get)) is not None and not self._closed:
+                filling, runs = part
+                self._bring(runs, filling, piece)
+                with self._lock:
+                    filling.left -= 1
+                    last = not filling.left
+                if last:
+                    filling.done.set()
+                    self._judge(filling)
         except BaseException as error:  # whatever it was, the computation must not wait for ever nor go on
             self._failure = error
             if filling is not None:
                 filling.done.set()
 
-    def _bring(self, filling: Filling) -> None:
-        if not self._ring:
-            for run in filling.runs:
-                self._files.open(run.path).read_into(_buffer(run.memory), run.start)
-                if filling.fleeting:
-                    self._files.open(run.path).give_back(run.start, run.stop)
+    def _judge(self, filling: Filling) -> None:
+        """Pin what was read where that is too much work; one thread at a time."""
+        if not self._pinning.acquire(blocking=False):
             return
-        if self._fetched(filling):
+        try:
+            if self._pace.is_busy(len(self.threads)) and not filling.fresh:
+                self._pins.add([run.span for run in filling.runs])
+                self._pace.is_busy(1)  # what that took is not to count
+        finally:
+            self._pinning.release()
+
+    def _bring(self, runs: Sequence[Run], filling: Filling, piece: _Piece | None) -> None:
+        """With a piece, runs of one file that fit it, gaps between them included."""
+        if piece is not None:
+            self._through(piece, runs, filling)
             return
-        for runs in _shared(filling.runs, self._piece_bytes):
-            if self._closed:
-                return
-            self._through_a_piece(runs, filling)
-        if self._pace.is_behind() and not filling.fresh:
-            self._pins.add([run.span for run in filling.runs])
-            self._pace.forgive()
+        for run in runs:
+            self._files.open(run.path).read_into(_buffer(run.memory), run.start)
+            if filling.fleeting:
+                self._files.open(run.path).give_back(run.start, run.stop)
 
-    def _fetched(self, filling: Filling) -> bool:
-        """Have the card fetch what is pinned; False for a filling that is not."""
-        parts = [(run.memory, self._pins.parts(run.span)) for run in filling.runs]
-        if any(pinned is None for _, pinned in parts):
-            return False
-        for path in {run.path for run in filling.runs}:
-            self._files.open(path).check_unchanged()
-        assert filling.stream is not None
-        with torch.cuda.stream(filling.stream):
-            for memory, pinned in parts:
-                start = 0
-                for part in pinned or ():
-                    memory[start : start + len(part)].copy_(part, non_blocking=True)
-                    start += len(part)
-        return True
-
-    def _through_a_piece(self, runs: Sequence[Run], filling: Filling) -> None:
-        """Runs of one file that fit a piece, gaps between them included."""
+    def _through(self, piece: _Piece, runs: Sequence[Run], filling: Filling) -> None:
         file, start, stop = self._files.open(runs[0].path), runs[0].start, max(run.stop for run in runs)
-        file.check_unchanged()  # a page of the map beyond the end of a file that was cut short ends the process
-        from_disk = filling.fresh and not file.is_in_ram(start, stop)
-        if filling.fresh and not from_disk:
-            file.map_pages(start, stop)
-        piece = self._ring[0]
-        self._ring.rotate(1)
         if piece.copied is not None:
             self._pace.waiting(piece.copied.synchronize)
-        if from_disk:  # in one request, as faults in the map would have it read in small pieces
-            file.read_into(_buffer(piece.memory[: stop - start]), start)
-        else:
-            piece.memory[: stop - start].copy_(file.bytes_at(start, stop))
+        file.read_into(_buffer(piece.memory[: stop - start]), start)
         if filling.fleeting:
             file.give_back(start, stop)
         assert filling.stream is not None
@@ -202,37 +204,49 @@ class Reader:
         piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
         piece.copied.record(filling.stream)
 
+    def _fetched(self, filling: Filling) -> bool:
+        """Have the card fetch what is pinned; False for a filling that is not."""
+        parts = [(run.memory, self._pins.parts(run.span)) for run in filling.runs]
+        if filling.stream is None or any(pinned is None for _, pinned in parts):
+            return False
+        for path in {run.path for run in filling.runs}:
+            self._files.open(path).check_unchanged()
+        with torch.cuda.stream(filling.stream):
+            for memory, pinned in parts:
+                start = 0
+                for part in pinned or ():
+                    memory[start : start + len(part)].copy_(part, non_blocking=True)
+                    start += len(part)
+        return True
+
 
 class _Pace:
-    """Whether the thread waits for others or others for it."""
+    """For how much of their time threads wait for others."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._since_s, self._waited_s = time.perf_counter(), 0.0
+        self._began_s: dict[int, float] = {}
+        """When those began to wait who are waiting now, by thread."""
 
     def waiting(self, wait: Callable[[], T]) -> T:
         """What `wait` returns."""
-        began_s = time.perf_counter()
-        got = wait()
-        self._waited_s += time.perf_counter() - began_s
-        return got
+        thread = threading.get_ident()
+        with self._lock:
+            self._began_s[thread] = time.perf_counter()
+        try:
+            return wait()
+        finally:
+            with self._lock:
+                self._waited_s += time.perf_counter() - max(self._began_s.pop(thread), self._since_s)
 
-    def is_behind(self) -> bool:
-        """Since this was last asked."""
-        now_s = time.perf_counter()
-        behind = self._waited_s < BEHIND * (now_s - self._since_s)
-        self._since_s, self._waited_s = now_s, 0.0
-        return behind
-
-    def forgive(self) -> None:
-        """Whoever was pinned was read late, and so is what comes next."""
-        self._waited_s = math.inf
-
-
-@dataclass(slots=True, eq=False)
-class _Piece:
-    memory: torch.Tensor
-    copied: torch.cuda.Event | None = None
-    """When its last copies have left it."""
+    def is_busy(self, threads: int) -> bool:
+        """Whether so many threads worked for too much of their time since this was last asked."""
+        with self._lock:
+            now_s = time.perf_counter()
+            waited_s = self._waited_s + sum(now_s - max(began_s, self._since_s) for began_s in self._began_s.values())
+            passed_s, self._since_s, self._waited_s = now_s - self._since_s, now_s, 0.0
+        return waited_s < (1 - BUSY) * threads * passed_s
 
 
 def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
@@ -252,11 +266,6 @@ def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
             start = stop
     if together:
         yield together
-
-
-def copying_threads() -> int:
-    """How many of torch's threads copy: two cores are left to whoever computes."""
-    return max(1, torch.get_num_threads() - 2)
 
 
 def _buffer(memory: torch.Tensor) -> memoryview:

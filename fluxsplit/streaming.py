@@ -2,7 +2,7 @@
 
 A card cannot compute from the page cache, and not all blocks fit on it. Those that do stay there; the rest take
 turns in two slots of device memory, each as large as the largest of them, filled one ahead in the order in which the
-blocks are computed. A thread does that (`reader`). Float8 crosses the bus as float8.
+blocks are computed. A few threads do that (`reader`). Float8 crosses the bus as float8.
 
     reader  ── slot's stream ──→ slot ┄┄┄┄ compute waits for the slot's stream ┄┄┄┄→  compute stream
             slot's stream waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
@@ -10,7 +10,7 @@ blocks are computed. A thread does that (`reader`). Float8 crosses the bus as fl
 So each waits for the other on the device: compute for all that the slot's stream was given, and that stream for `used`
 before it writes into the slot again. (diffusers' group offloading has neither, which is a race: diffusers#13502.) Every
 slot has a stream of its own, so that the pieces of one do not wait for the other slot to be used. On a CPU the slots
-are plain memory and there are no streams. Without a thread the same reads and copies happen when a block is asked for;
+are plain memory and there are no streams. Without threads the same reads and copies happen when a block is asked for;
 the bits are the same.
 """
 
@@ -103,6 +103,7 @@ class Streaming:
         resident: frozenset[int] = frozenset(),
         slots: int = 2,
         ahead: bool = True,
+        readers: int = 1,
         once: bool = False,
         fleeting: frozenset[int] = frozenset(),
         as_card: bool | None = None,
@@ -110,7 +111,7 @@ class Streaming:
         pin_bytes: int = 0,
         on_read: OnRead = lambda count: None,
     ) -> None:
-        """Allocate everything and load what stays. With `ahead` a thread reads; without, the caller does.
+        """Allocate everything and load what stays. With `ahead` `readers` threads read; without, the caller does.
 
         `fleeting` are blocks for which there is no room in RAM: their pages are given back once they are read, so that
         those of the others stay.
@@ -124,8 +125,10 @@ class Streaming:
         self._order = iter(order) if once else itertools.cycle(order)
         self._fresh, self._fleeting = set(self._streamed), fleeting
         self._as_card = device.type == "cuda" if as_card is None else as_card
-        how = {"in_pieces": self._as_card, "with_thread": ahead}
-        self._reader = Reader(files, piece_bytes=piece_bytes, pin_bytes=pin_bytes, **how)
+        threads = (readers if self._as_card else 1) if ahead else 0
+        self._reader = Reader(
+            files, in_pieces=self._as_card, piece_bytes=piece_bytes, threads=threads, pin_bytes=pin_bytes
+        )
         self._load([self._layouts[number] for number in sorted(resident)])
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
         self._free = deque(_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0))
@@ -160,7 +163,7 @@ class Streaming:
                 self._fill_next()
 
     def close(self) -> None:
-        """End the reader thread and let go of the slots; blocks cannot be brought in afterwards.
+        """End the reader threads and let go of the slots; blocks cannot be brought in afterwards.
 
         What has begun to come still comes: whoever gets the slots' memory next is behind it.
         """

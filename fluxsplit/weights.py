@@ -18,7 +18,6 @@ import math
 import mmap
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +68,6 @@ class WeightFile:
         if hasattr(os, "posix_fadvise"):  # read ahead twice as far, also when it is the map that is read
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
-        self._at_once = threading.Lock()  # where there is no pread
 
     def check_unchanged(self) -> None:
         """Raise FluxsplitError where the file is not the one that was opened, or was written to since."""
@@ -95,27 +93,16 @@ class WeightFile:
     def _pread(self, buffer: memoryview, start: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._handle, [buffer], start)
-        with self._at_once:
-            os.lseek(self._handle, start, os.SEEK_SET)
-            data = os.read(self._handle, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        count = min(len(buffer), len(self._map) - start)  # Windows does not let go of what is mapped
+        if count > 0:
+            torch.frombuffer(buffer, dtype=torch.uint8, count=count).copy_(self.bytes_at(start, start + count))
+        return max(0, count)
 
     def bytes_at(self, start: int, stop: int) -> torch.Tensor:
         """Bytes start..stop of the file as a uint8 view; must not be written to."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._map, dtype=torch.uint8, count=stop - start, offset=start)
-
-    def is_in_ram(self, start: int, stop: int) -> bool:
-        """Whether these bytes are in the page cache, as far as the kernel tells; False where it cannot be asked."""
-        if sys.platform == "win32":
-            return False
-        first = start - start % mmap.PAGESIZE
-        pages = ctypes.create_string_buffer(-(-(stop - first) // mmap.PAGESIZE))
-        address = ctypes.c_void_p(self._address() + first)
-        told = _libc().mincore(address, ctypes.c_size_t(stop - first), pages) == 0
-        return told and b"\0" not in pages.raw
 
     def map_pages(self, start: int, stop: int) -> None:
         """Read these bytes and map their pages (Linux 5.14); does nothing where the kernel cannot. Lets others run.

@@ -72,6 +72,8 @@ class Watched:
     """Before the first step and after each."""
     moved_bytes: list[int] = field(default_factory=list)
     """Read for the card so far, after each step."""
+    pinned_bytes: int = 0
+    """Of the file, in the page cache, after the last one."""
     plan: dict[str, Any] = field(default_factory=dict)
     device_bytes: dict[str, int] = field(default_factory=dict)
     latents_sha256: list[str] = field(default_factory=list)
@@ -112,6 +114,7 @@ def take(seen: Watched, event: dict[str, Any], now: Usage) -> None:
         seen.steps.append(now)
     if event["event"] == "step":
         seen.moved_bytes.append(event["moved_bytes"])
+        seen.pinned_bytes = event["pinned_bytes"]
 
 
 def sample_job(args: argparse.Namespace, cap_bytes: int, folder: Path) -> SampleJob:
@@ -157,9 +160,11 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
     return found | {
         "first_step_s": round(pairs[0][1].wall_s - pairs[0][0].wall_s, 2),
         "step_s": round(wall_s, 3),
+        "steps_s": [round(after.wall_s - before.wall_s, 3) for before, after in warm],
         "step_cpu_s": round(cpu_s, 2),
         "step_system_s": round(median(after.system_s - before.system_s for before, after in warm), 2),
         "disk_bytes_per_step": round(median(after.disk_bytes - before.disk_bytes for before, after in warm)),
+        "pinned_bytes": seen.pinned_bytes,
         "read_bytes_per_pass": round(median(b - a for a, b in pairwise(seen.moved_bytes))),
         "moved_bytes_per_s": round(moved_bytes / step_s),
         "planned_over_measured_peak": round(seen.plan["peak_bytes"] / measured_bytes(args, seen), 3),

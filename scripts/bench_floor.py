@@ -20,8 +20,8 @@ from bench_watch import drop_from_cache, read_s
 from fluxsplit import checkpoint
 from fluxsplit.attention import attend_in_chunks, has_fused_attention
 from fluxsplit.checkpoint import Part
-from fluxsplit.device import DTYPE_NAMES, pick_device, pick_dtype
-from fluxsplit.memory_plan import MODULATION
+from fluxsplit.device import DTYPE_NAMES, device_info, pick_device, pick_dtype
+from fluxsplit.memory_plan import MODULATION, readers_of
 from fluxsplit.rates import QUERY_CHUNK, feed_bytes_per_s
 
 TIMES = 3
@@ -119,9 +119,9 @@ def disk_rates(path: Path) -> dict[str, object]:
 
 
 def card_rates(path: Path, device: torch.device) -> dict[str, object]:
-    """Bytes a second from pinned memory to the card, and out of the page cache by all of torch's threads."""
+    """Bytes a second from pinned memory to the card, and out of the page cache by the threads that read."""
     read_s(path)
-    fed = feed_bytes_per_s(str(path))
+    fed = feed_bytes_per_s(str(path), readers_of(device_info(device)))
     return {"bus_bytes_per_s": round(bus_bytes_per_s(device)), "page_cache_bytes_per_s": fed and round(fed)}
 
 

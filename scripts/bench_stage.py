@@ -33,20 +33,27 @@ def main() -> int:
 
 
 class Moved:
-    """Bytes of weights that were read for the card so far; none on a CPU, which computes from the map."""
+    """Bytes of weights that were asked of the readers so far; none on a CPU, which computes from the map."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._readers: set[Reader] = set()
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the files, in the page cache, at this moment."""
+        return sum(reader.pinned_bytes for reader in self._readers)
 
     def count(self) -> None:
-        """From now on count what every reader brings in."""
-        bring = Reader._bring
+        """From now on count what every reader is asked for."""
+        begin = Reader.begin
 
         def counting(reader: Reader, filling: Filling) -> None:
-            bring(reader, filling)
+            begin(reader, filling)
+            self._readers.add(reader)
             self.bytes += sum(run.memory.numel() for run in filling.runs)
 
-        Reader._bring = counting  # type: ignore[method-assign, assignment]
+        Reader.begin = counting  # type: ignore[method-assign, assignment]
 
 
 def report_on_the_way(report: Path, moved: Moved) -> None:
@@ -57,7 +64,7 @@ def report_on_the_way(report: Path, moved: Moved) -> None:
         if event in ("done", "error"):
             report.write_text(json.dumps(peaks()))
         if event == "step":
-            fields["moved_bytes"] = moved.bytes
+            fields |= {"moved_bytes": moved.bytes, "pinned_bytes": moved.pinned_bytes}
         send(self, event, **fields)
 
     Events.send = telling  # type: ignore[method-assign]

@@ -58,7 +58,7 @@ def test_what_is_read_for_a_card_is_counted(tmp_path: Path, monkeypatch: pytest.
     path = write_flux(tmp_path / "flux.safetensors")
     flux = Flux(checkpoint.part(path, "transformer"), files := WeightFiles(), torch.float32, torch.device("cpu"))
     Card(monkeypatch, at_once=True)
-    monkeypatch.setattr(Reader, "_bring", Reader._bring)  # put back afterwards
+    monkeypatch.setattr(Reader, "begin", Reader.begin)  # put back afterwards
     moved = Moved()
     moved.count()
     loader = Streaming(flux.blocks, files, flux.device, once=True, as_card=True)

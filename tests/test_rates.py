@@ -41,10 +41,10 @@ def test_the_disk_is_measured_only_where_weights_do_not_stay_in_ram(tmp_path: Pa
 def test_a_bus_is_no_faster_than_it_is_fed(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(PIECE_BYTES))
-    fed_bytes_per_s = feed_bytes_per_s(str(path))
+    fed_bytes_per_s = feed_bytes_per_s(str(path), 2)
     assert fed_bytes_per_s is not None and 0 < fed_bytes_per_s < 1e12
     fed = with_file_rates(replace(device_info(CPU), bus_bytes_per_s=1e15), str(path), PIECE_BYTES)
     assert fed.feed_bytes_per_s is not None and fed.feed_bytes_per_s < 1e12
     assert with_file_rates(device_info(CPU), str(path), PIECE_BYTES).feed_bytes_per_s is None
     path.write_bytes(bytes(1000))
-    assert feed_bytes_per_s(str(path)) is None
+    assert feed_bytes_per_s(str(path), 2) is None

@@ -86,6 +86,15 @@ def forwards(text: Conditioning, count: int = 2) -> list[Forward]:
     return [Forward(torch.randn(1, 16, 6 + n, 4, generator=generator), 0.9 - n / 10, text, None) for n in range(count)]
 
 
+def is_in_ram(file: WeightFile, start: int, stop: int) -> bool:
+    """Whether the kernel has all these bytes in the page cache."""
+    first = start - start % mmap.PAGESIZE
+    pages = ctypes.create_string_buffer(-(-(stop - first) // mmap.PAGESIZE))
+    address = ctypes.c_void_p(file.bytes_at(0, 1).data_ptr() + first)
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(stop - first), pages) == 0
+    return b"\0" not in pages.raw
+
+
 def block_bytes(flux: Flux) -> int:
     return sum(place.span.bytes for block in flux.blocks for place in layout(block).places)
 
@@ -127,12 +136,13 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
     path: Path, ahead: bool, slots: int, monkeypatch: pytest.MonkeyPatch, pins: list[int]
 ) -> None:
     """Every order that the events allow: a computation sees the block it was given, as often as it is brought in."""
-    monkeypatch.setattr(reader, "BEHIND", 2.0)  # of its time: always
+    monkeypatch.setattr(reader, "BUSY", 0.0)  # always
     for seed in range(12):
         card = Card(monkeypatch, seed)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device, card=card: card.run())
         flux, files = load(path)
         how: dict[str, Any] = {"as_card": True, "piece_bytes": 1 << (11 + seed % 4), "slots": slots, "ahead": ahead}
+        how["readers"] = 1 + seed % 4
         how["pin_bytes"] = (1 << 30, 2 * block_bytes(flux) // BLOCKS, 0)[seed % 3]
         loader = Streaming(flux.blocks, files, CPU, resident=frozenset({seed % BLOCKS}), **how)
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -184,7 +194,7 @@ def test_where_the_driver_refuses_a_pin_nothing_is_lost(
     Card(monkeypatch, at_once=True)
     flux, _ = load(path)
     wanted = flux.velocities(forwards(text))
-    monkeypatch.setattr(reader, "BEHIND", 2.0)
+    monkeypatch.setattr(reader, "BUSY", 0.0)
     answers = iter([True, False])
     monkeypatch.setattr(pinned, "pin", lambda memory, read_only: next(answers))
     unpinned: list[int] = []
@@ -201,6 +211,7 @@ def test_where_the_driver_refuses_a_pin_nothing_is_lost(
 
 def test_what_is_pinned_is_what_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
+    asked: list[bool] = []
 
     def later(seconds: float) -> None:
         nonlocal now_s
@@ -209,36 +220,32 @@ def test_what_is_pinned_is_what_comes_too_late(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(time, "perf_counter", lambda: now_s)
     pace = reader._Pace()
     later(1)
-    assert pace.is_behind(), "all of a second at work"
-    later(0.5)
-    assert pace.waiting(lambda: later(0.5)) is None
-    assert not pace.is_behind()
-    pace.forgive()
+    assert pace.is_busy(1), "all of a second at work"
+    later(0.4)
+    assert pace.waiting(lambda: later(0.6)) is None
+    assert not pace.is_busy(1)
+    later(0.4)
+    pace.waiting(lambda: later(0.6))
+    assert pace.is_busy(2), "three tenths of the time of two"
+    pace.waiting(lambda: (later(1), asked.append(pace.is_busy(1)), later(0.1)))
+    assert asked == [False], "who is waiting still counts"
     later(1)
-    assert not pace.is_behind()
-    later(1)
-    assert pace.is_behind()
+    assert pace.is_busy(1), "and not twice"
 
 
 @pytest.mark.parametrize("fleeting", [(), (1, 3), tuple(range(BLOCKS))])
 def test_what_does_not_stay_in_ram_is_read_in_every_pass_and_given_back(
     path: Path, text: Conditioning, fleeting: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whole pieces where it is not in RAM."""
     Card(monkeypatch, at_once=True)
-    asked, read, given = Count(), Count(), Count()
+    read, given = Count(), Count()
     monkeypatch.setattr(WeightFile, "give_back", lambda self, start, stop: given(stop - start))
     read_into = WeightFile.read_into
-
-    def is_in_ram(self: WeightFile, start: int, stop: int) -> bool:
-        asked(stop - start)
-        return False
 
     def reading(self: WeightFile, buffer: memoryview, start: int) -> None:
         read(len(buffer))
         read_into(self, buffer, start)
 
-    monkeypatch.setattr(WeightFile, "is_in_ram", is_in_ram)
     monkeypatch.setattr(WeightFile, "read_into", reading)
     flux, files = load(path)
     wanted = flux.velocities(forwards(text))
@@ -248,14 +255,14 @@ def test_what_does_not_stay_in_ram_is_read_in_every_pass_and_given_back(
     for _ in range(3):
         assert all(map(torch.equal, flux.velocities(forwards(text)), wanted))
         counts.append((read.bytes, given.bytes))
-    each = given.bytes // 3
-    assert asked.bytes == read.bytes and (each > 0) == bool(fleeting)
-    assert counts == [(counts[0][0] + n * each, (n + 1) * each) for n in range(3)]
-    assert counts[0][0] >= block_bytes(flux) and (counts[0][0] == each) == (len(fleeting) == BLOCKS)
+    everything, each = read.bytes // 3, given.bytes // 3
+    assert counts == [((n + 1) * everything, (n + 1) * each) for n in range(3)]
+    assert everything >= block_bytes(flux)
+    assert (each > 0) == bool(fleeting) and (everything == each) == (len(fleeting) == BLOCKS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
-def test_bytes_are_brought_into_ram_and_known_to_be_there(tmp_path: Path) -> None:
+def test_bytes_are_brought_into_ram_and_given_back(tmp_path: Path) -> None:
     path = tmp_path / "bytes"
     with path.open("wb") as file:
         file.write(random.Random(0).randbytes(20 << 20))
@@ -263,12 +270,12 @@ def test_bytes_are_brought_into_ram_and_known_to_be_there(tmp_path: Path) -> Non
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     opened, within = WeightFile(str(path)), (5000, (20 << 20) - 3)
-    if opened.is_in_ram(*within):
+    if is_in_ram(opened, *within):
         pytest.skip("this file system keeps its pages")
     opened.map_pages(*within)
-    assert opened.is_in_ram(*within)
+    assert is_in_ram(opened, *within)
     opened.give_back(*within)
-    assert not opened.is_in_ram(*within)
+    assert not is_in_ram(opened, *within)
 
 
 def test_in_fp16_text_and_image_stay_views_of_one_tensor(path: Path, text: Conditioning) -> None:
@@ -373,8 +380,7 @@ def test_a_reader_thread_that_is_killed_stops_the_run(path: Path, text: Conditio
     flux, files = load(path)
     loader = streaming(flux, files)
     flux.velocities(forwards(text))
-    assert loader._reader.thread is not None
-    kill(loader._reader.thread)
+    kill(loader._reader.threads[0])
     with pytest.raises(FluxsplitError, match=r"thread that reads the weights (was )?ended"):
         for _ in range(5):  # a pass may still find its slots filled
             flux.velocities(forwards(text))
@@ -383,7 +389,7 @@ def test_a_reader_thread_that_is_killed_stops_the_run(path: Path, text: Conditio
 def test_a_reader_thread_that_is_gone_without_a_word_stops_the_run(
     path: Path, text: Conditioning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Reader, "_work", lambda self: None)
+    monkeypatch.setattr(Reader, "_work", lambda self, piece: None)
     flux, files = load(path)
     streaming(flux, files)
     with pytest.raises(FluxsplitError, match="the thread that reads the weights ended"):
@@ -497,7 +503,7 @@ def test_on_a_card_streamed_is_resident_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With pieces so small that every matrix takes several, over several passes; the last from pinned pages."""
-    monkeypatch.setattr(reader, "BEHIND", 2.0)
+    monkeypatch.setattr(reader, "BUSY", 0.0)
     card = torch.device("cuda", 0)
 
     def velocities(**options: Any) -> list[torch.Tensor]:

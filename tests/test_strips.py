@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,28 @@ def test_blocks_are_used_again_those_of_the_device_first() -> None:
         home.give(block)
     again = [home.take(1).memory.data_ptr() for _ in range(4)]
     assert set(again[:2]) == set(places[:2]) and again[2] == places[2] and again[3] not in places
+
+
+@pytest.mark.parametrize("home", ["device", "ram", "disk"])
+def test_after_a_picture_its_memory_is_free_for_the_next(
+    random_vae: Vae, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not when Python comes to look for cycles: a card has no room for the planes of two."""
+    made: list[weakref.ref[Any]] = []
+
+    def noted(*args: Any, **options: Any) -> Home:
+        made.append(weakref.ref(it := Home(*args, **options)))
+        made.extend(weakref.ref(block.memory) for blocks in it._free.values() for block in blocks)
+        return it
+
+    monkeypatch.setattr("fluxsplit.strips.Home", noted)
+    how = VaePlan("fp32", home, 1 << 15, 0, 0, 1 << 20, 3)
+    gc.disable()
+    try:
+        random_vae.decode_rows(torch.zeros(1, 16, 8, 8), how, lambda start, rows: None, folder=str(tmp_path))
+        assert len(made) == 4 and not any(ref() is not None for ref in made)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 11), (40, 24), (64, 4)])
