@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from fluxsplit.errors import OutOfMemory
+from fluxsplit.memory import DeviceInfo
 
 HOMES = ("device", "ram", "disk")
 """Where planes may live, best first; `device` is RAM too where the device is the CPU. Of a card's planes as many blocks
@@ -27,7 +28,9 @@ BLOCK_BYTES = 8 << 20
 """Planes come in blocks of rows, no larger than this unless a row is, which are given back one by one."""
 CPU_STRIP_BYTES = 6 << 20
 """A strip in fp32: small enough for the last-level cache, large enough that its overhead does not count."""
-MAX_STRIP_BYTES, MIN_STRIP_BYTES = 64 << 20, 1 << 20
+CARD_STRIP_BYTES = {"device": 256 << 20, "ram": 64 << 20, "disk": 64 << 20}
+"""At most, by home: higher ones leave less room on the card for planes."""
+MIN_STRIP_BYTES = 1 << 20
 LOW_STRIP_BYTES = 16 << 20
 """A card is slower with lower strips than with some planes in RAM."""
 RAM_MARGIN_BYTES = 1 << 30
@@ -43,6 +46,9 @@ CARD_KEPT_BYTES = 128 << 20
 CARD_FP32_WORKSPACE = 1.9
 """Workspace of a card's convolutions in fp32, in strips, where that is more; measured on an H200."""
 
+FRAGMENTED_WORK = 1.7
+"""What torch's allocator reserves for a strip's work where its segments cannot grow, over what is planned: 0.62 GB for
+0.37, measured on an H200 at 1152x944 in fp32."""
 NO_SMALLER_PLAN_HINT = "give --vram more, or use --device cpu"
 """Of the error that no other plan would help."""
 
@@ -317,13 +323,11 @@ def blocks_held(passes: Iterable[Pass], item_bytes: int, strip_bytes: int) -> in
     return max(_held(passes, blocks, ahead))
 
 
-def device_peak(
-    passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str, *, on_cpu: bool, kept_bytes: int = 0
-) -> int:
-    """Bytes on the device: planes if they live there, the work of a strip, and the picture.
+def device_peak(passes: tuple[Pass, ...], strip_bytes: int, item_bytes: int, home: str, *, on_cpu: bool) -> int:
+    """Bytes on the device: the work of a strip, the picture, and on a CPU planes if they live there.
 
     On a CPU what a pass has freed goes back to the system before the next one, so that each counts by itself. A card's
-    allocator keeps it: the largest work counts beside all blocks of planes that are on the card, `kept_bytes`.
+    allocator keeps it: the largest work counts, beside all blocks of planes that are on the card.
     """
     work = [_work(one, strip_bytes, item_bytes) for one in passes]
     picture = passes[-1].out_height * passes[-1].out_width * passes[-1].outputs  # in bytes of 8 bits
@@ -331,7 +335,7 @@ def device_peak(
         held = planes_held(passes, item_bytes) if home == "device" else [0] * len(passes)
         return max(a + b for a, b in zip(held, work, strict=True)) + picture + CPU_KEPT_BYTES
     workspace = int(CARD_FP32_WORKSPACE * strip_bytes) if item_bytes == 4 else 0
-    return kept_bytes + max(work) + picture + max(CARD_KEPT_BYTES, workspace)
+    return max(work) + picture + max(CARD_KEPT_BYTES, workspace)
 
 
 def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
@@ -354,29 +358,22 @@ def _work(one: Pass, strip_bytes: int, item_bytes: int) -> int:
 
 
 def plan_vae(
-    passes: tuple[Pass, ...],
-    dtype: str,
-    budget_bytes: int,
-    *,
-    on_cpu: bool,
-    ram_bytes: int | None = None,
-    smaller: int = 0,
+    passes: tuple[Pass, ...], dtype: str, budget_bytes: int, device: DeviceInfo, *, smaller: int = 0
 ) -> VaePlan:
     """The plan for passes in `dtype` within `budget_bytes` of the device.
 
-    Planes stay on the device where they fit. Of a card's as much as fits does, and the rest goes to RAM (`ram_bytes`
-    free of it), else to a file; on a CPU, where device and RAM are one, all of it to a file. `smaller` asks for the
-    n-th next smaller plan, after one ran out of memory. Raises OutOfMemory where not even the smallest strips fit.
+    Planes stay on the device where they fit. Of a card's as much as fits does, and the rest goes to RAM, else to a
+    file; on a CPU, where device and RAM are one, all of it to a file. `smaller` asks for the n-th next smaller plan,
+    after one ran out of memory. Raises OutOfMemory where not even the smallest strips fit.
     """
     if smaller:
-        larger = plan_vae(passes, dtype, budget_bytes, on_cpu=on_cpu, ram_bytes=ram_bytes, smaller=smaller - 1)
-        budget_bytes = larger.device_bytes * 3 // 4
+        budget_bytes = plan_vae(passes, dtype, budget_bytes, device, smaller=smaller - 1).device_bytes * 3 // 4
     choices = [("device", MIN_STRIP_BYTES), ("disk", MIN_STRIP_BYTES)]
-    if not on_cpu:
+    if device.kind != "cpu":
         choices = [("device", LOW_STRIP_BYTES), ("ram", MIN_STRIP_BYTES), *choices]
     for home, lowest_bytes in choices:
-        plan = _plan(passes, dtype, budget_bytes, home, lowest_bytes, on_cpu)
-        if plan.device_bytes <= budget_bytes and (home != "ram" or ram_bytes is None or _fits_ram(plan, ram_bytes)):
+        plan = _plan(passes, dtype, budget_bytes, device, home, lowest_bytes)
+        if plan.device_bytes <= budget_bytes and (home != "ram" or _fits_ram(plan, device)):
             return plan
     size = f"{passes[-1].out_width}x{passes[-1].out_height}"
     raise OutOfMemory(
@@ -387,31 +384,36 @@ def plan_vae(
 
 
 def _plan(
-    passes: tuple[Pass, ...], dtype: str, budget_bytes: int, home: str, lowest_bytes: int, on_cpu: bool
+    passes: tuple[Pass, ...], dtype: str, budget_bytes: int, device: DeviceInfo, home: str, lowest_bytes: int
 ) -> VaePlan:
     """With the highest strips that fit, down to `lowest_bytes`, and as many blocks on a card as fit beside them."""
-    strip_bytes = max(MIN_STRIP_BYTES, CPU_STRIP_BYTES if on_cpu else min(MAX_STRIP_BYTES, budget_bytes // 16))
-    while (plan := _with_strips(passes, dtype, home, strip_bytes, on_cpu)).device_bytes > budget_bytes:
+    most_bytes = CPU_STRIP_BYTES if device.kind == "cpu" else CARD_STRIP_BYTES[home]
+    strip_bytes = most_bytes if device.kind == "cpu" else max(MIN_STRIP_BYTES, min(most_bytes, budget_bytes // 16))
+    while (plan := _with_strips(passes, dtype, device, home, strip_bytes)).device_bytes > budget_bytes:
         if strip_bytes <= lowest_bytes:
             return plan
         strip_bytes = max(lowest_bytes, strip_bytes // 2)
-    if home == "device" or on_cpu:
+    if home == "device" or device.kind == "cpu":
         return plan
     kept = min(plan.planes_bytes, budget_bytes - plan.device_bytes) // plan.block_bytes
     return replace(plan, kept_blocks=kept, device_bytes=plan.device_bytes + kept * plan.block_bytes)
 
 
-def _with_strips(passes: tuple[Pass, ...], dtype: str, home: str, strip_bytes: int, on_cpu: bool) -> VaePlan:
+def _with_strips(passes: tuple[Pass, ...], dtype: str, device: DeviceInfo, home: str, strip_bytes: int) -> VaePlan:
     """With strips of this height, and of planes nothing on the device, or all."""
     item = DTYPE_BYTES[dtype]
-    if on_cpu:
+    if device.kind == "cpu":
         peak = device_peak(passes, strip_bytes, item, home, on_cpu=True)
         return VaePlan(dtype, home, strip_bytes, peak, planes_peak(passes, item))
     block_bytes, blocks = largest_block(passes, item), blocks_held(passes, item, strip_bytes)
     kept = blocks if home == "device" else 0
-    peak = device_peak(passes, strip_bytes, item, home, on_cpu=False, kept_bytes=kept * block_bytes)
-    return VaePlan(dtype, home, strip_bytes, peak, blocks * block_bytes, block_bytes, kept)
+    work = device_peak(passes, strip_bytes, item, home, on_cpu=False)
+    if not device.growing_segments:
+        work = int(work * FRAGMENTED_WORK)
+    return VaePlan(dtype, home, strip_bytes, work + kept * block_bytes, blocks * block_bytes, block_bytes, kept)
 
 
-def _fits_ram(plan: VaePlan, ram_bytes: int) -> bool:
-    return plan.elsewhere_bytes + min(plan.device_bytes, RAM_MARGIN_BYTES) <= ram_bytes
+def _fits_ram(plan: VaePlan, device: DeviceInfo) -> bool:
+    if device.ram_bytes is None:
+        return True
+    return plan.elsewhere_bytes + min(plan.device_bytes, RAM_MARGIN_BYTES) <= device.ram_bytes

@@ -99,6 +99,7 @@ def device_info(device: torch.device) -> DeviceInfo:
             processor_cores=cores,
         )
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for what comes next
     properties = torch.cuda.get_device_properties(device)
     return DeviceInfo(
         kind="cuda" if torch.version.hip is None else "hip",

@@ -11,10 +11,10 @@ import torch
 
 from fluxsplit import checkpoint
 from fluxsplit.decode_plan import Pass, VaePlan, plan_vae
-from fluxsplit.device import device_info, pick_device, pick_vae_dtype_name
+from fluxsplit.device import device_info, keep_within, pick_device, pick_vae_dtype_name
 from fluxsplit.errors import FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
-from fluxsplit.memory import budget_bytes, free_ram_bytes
+from fluxsplit.memory import budget_bytes
 from fluxsplit.planes import spill_folder
 from fluxsplit.strips import NotFinite
 from fluxsplit.tiled_vae import TiledVae
@@ -71,9 +71,11 @@ class VaeSession:
         return self._in_some_dtype(attempt)
 
     def _plan(self, passes: tuple[Pass, ...], dtype: str) -> VaePlan:
-        on_cpu = self.device.type == "cpu"
-        budget = budget_bytes(self._vram, device_info(self.device))
-        plan = plan_vae(passes, dtype, budget, on_cpu=on_cpu, ram_bytes=free_ram_bytes(), smaller=self._smaller)
+        info = device_info(self.device)
+        budget = budget_bytes(self._vram, info)
+        plan = plan_vae(passes, dtype, budget, info, smaller=self._smaller)
+        if info.kind != "cpu":
+            keep_within(budget, self.device)
         if plan.home != "device":
             size = f"{passes[0].width}x{passes[0].height}"
             self._events.send("note", text=f"VAE of {size}: {plan.text()}")

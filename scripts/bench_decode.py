@@ -38,7 +38,6 @@ from fluxsplit.child_environment import child_environment
 from fluxsplit.decode_plan import DTYPE_BYTES, VaePlan, device_peak, plan_vae
 from fluxsplit.device import device_info
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.memory import free_ram_bytes
 from fluxsplit.planes import spill_folder
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Vae, load_vae
@@ -89,7 +88,7 @@ def planned(vae: Vae, latents: torch.Tensor, case: str, dtype: str, cap_bytes: i
     on_cpu = vae.device.type == "cpu"
     budget = cap_bytes or (DISK_BUDGET_BYTES if case == "strips-disk" else RAM_BUDGET_BYTES)
     passes = vae.decoder_passes(latents.shape[2], latents.shape[3])
-    plan = plan_vae(passes, dtype, budget, on_cpu=on_cpu, ram_bytes=None if on_cpu else free_ram_bytes())
+    plan = plan_vae(passes, dtype, budget, device_info(vae.device))
     if case == "strips-disk":
         peak = device_peak(passes, plan.strip_bytes, DTYPE_BYTES[dtype], "disk", on_cpu=on_cpu)
         plan = replace(plan, home="disk", device_bytes=peak)

@@ -20,9 +20,15 @@ from fluxsplit.decode_plan import (
     strip_rows,
 )
 from fluxsplit.errors import OutOfMemory
+from fluxsplit.memory import DeviceInfo
 
 FLUX = VaeShape()
 GB = 10**9
+CPU = DeviceInfo("cpu", "cpu", 16 * GB, 16 * GB, ram_bytes=16 * GB)
+
+
+def card(ram_bytes: int, *, growing_segments: bool = True) -> DeviceInfo:
+    return DeviceInfo("cuda", "card", 48 * GB, 48 * GB, ram_bytes=ram_bytes, growing_segments=growing_segments)
 
 
 def test_the_decoder_of_flux_in_numbers() -> None:
@@ -65,11 +71,11 @@ def test_a_plan_fits_its_budget_or_is_refused(dtype: str) -> None:
     for side in (8, 64, 128, 256, 512):
         passes = passes_of_decoder(FLUX, side, side)
         for budget in (GB // 20, GB // 8, GB // 4, GB, 4 * GB, 12 * GB, 48 * GB):
-            for on_cpu in (True, False):
+            for device in (CPU, card(16 * GB), card(16 * GB, growing_segments=False)):
                 try:
-                    plan = plan_vae(passes, dtype, budget, on_cpu=on_cpu, ram_bytes=16 * GB)
+                    plan = plan_vae(passes, dtype, budget, device)
                 except OutOfMemory as error:
-                    assert budget <= (GB // 4 if on_cpu else GB), (side, budget, error)
+                    assert budget <= (GB // 4 if device is CPU else GB), (side, budget, error)
                     continue
                 homes.add(plan.home)
                 assert plan.device_bytes <= budget and plan.home in HOMES
@@ -78,33 +84,33 @@ def test_a_plan_fits_its_budget_or_is_refused(dtype: str) -> None:
 
 def test_the_same_budget_holds_any_size() -> None:
     """What is on the device is bounded: only the planes on disk grow with the picture."""
-    plans = [plan_vae(passes_of_decoder(FLUX, side, side), "fp32", GB // 4, on_cpu=True) for side in (128, 256, 512)]
+    plans = [plan_vae(passes_of_decoder(FLUX, side, side), "fp32", GB // 4, CPU) for side in (128, 256, 512)]
     assert {plan.home for plan in plans} == {"disk"}
     assert plans[-1].planes_bytes == pytest.approx(16 * plans[0].planes_bytes, rel=0.2)
 
 
 def test_a_smaller_plan_is_smaller() -> None:
     passes = passes_of_decoder(FLUX, 128, 128)
-    plans = [plan_vae(passes, "bf16", 8 * GB, on_cpu=False, smaller=n) for n in range(3)]
+    plans = [plan_vae(passes, "bf16", 8 * GB, card(64 * GB), smaller=n) for n in range(3)]
     assert plans[0].home == "device" and plans[2].home == "ram"
     assert all(small.device_bytes <= 0.75 * large.device_bytes for large, small in pairwise(plans))
 
 
 def test_what_fits_of_the_planes_stays_on_the_card() -> None:
     passes = passes_of_decoder(FLUX, 256, 256)
-    plans = [plan_vae(passes, "fp32", budget * GB, on_cpu=False, ram_bytes=64 * GB) for budget in (1, 2, 4, 8)]
+    plans = [plan_vae(passes, "fp32", budget * GB, card(64 * GB)) for budget in (1, 2, 4, 8)]
     assert [plan.home for plan in plans] == ["ram", "ram", "ram", "device"]
     assert plans[3].kept_blocks == blocks_held(passes, 4, plans[3].strip_bytes) and plans[3].elsewhere_bytes == 0
     for plan, budget in zip(plans[:3], (1, 2, 4), strict=True):
         assert budget * GB - plan.block_bytes < plan.device_bytes <= budget * GB
         assert plan.elsewhere_bytes + plan.kept_blocks * plan.block_bytes == plan.planes_bytes
-    short = plan_vae(passes, "fp32", 2 * GB, on_cpu=False, ram_bytes=3 * GB)
+    short = plan_vae(passes, "fp32", 2 * GB, card(3 * GB))
     assert short.home == "disk" and short.kept_blocks == plans[1].kept_blocks
 
 
 def test_what_cannot_fit_says_what_it_needs() -> None:
     with pytest.raises(OutOfMemory, match=r"4096x4096 in fp32 .* and 10 MB may be used"):
-        plan_vae(passes_of_decoder(FLUX, 512, 512), "fp32", 10_000_000, on_cpu=True)
+        plan_vae(passes_of_decoder(FLUX, 512, 512), "fp32", 10_000_000, CPU)
 
 
 def test_strips_cover_their_plane_evenly() -> None:

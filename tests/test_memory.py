@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fluxsplit import memory
+from fluxsplit.device import device_info
 from fluxsplit.errors import UsageError
 from fluxsplit.memory import DeviceInfo, auto_bytes, budget_bytes, free_ram_bytes, total_ram_bytes
 
@@ -78,3 +80,15 @@ def test_the_cpu_as_torch_sees_it() -> None:
     assert (info.kind, info.name, info.unified) == ("cpu", "cpu", True)
     assert 0 < info.free_bytes <= info.total_bytes
     assert info.cores == torch.get_num_threads()
+
+
+@pytest.mark.gpu
+def test_what_the_allocator_keeps_is_free_for_the_next_picture() -> None:
+    card = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    before_bytes = device_info(card).free_bytes
+    held = torch.empty(1 << 30, dtype=torch.uint8, device=card)
+    assert device_info(card).free_bytes <= before_bytes - (1 << 30)
+    del held
+    assert torch.cuda.memory_reserved(card) >= 1 << 30
+    assert abs(device_info(card).free_bytes - before_bytes) < 64 << 20
