@@ -18,7 +18,10 @@ SMALL_PARAMETERS = 1_000_000_000
 
 
 def pick_device(name: str) -> torch.device:
-    """The device `auto`, `cpu` or `cuda:N` means; ROCm's cards are cuda to torch. Raises UsageError."""
+    """The device `auto`, `cpu` or `cuda:N` means; ROCm's cards are cuda to torch. Raises UsageError.
+
+    A card becomes the current one, so that nothing, pinned memory least of all, wakes another by the way.
+    """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
@@ -31,6 +34,7 @@ def pick_device(name: str) -> torch.device:
             f"device {name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} graphics cards",
             "install the torch build for your card (see the README), or use --device cpu",
         )
+    torch.cuda.set_device(int(index))
     return torch.device("cuda", int(index))
 
 

@@ -103,6 +103,7 @@ class Reader:
         self._waiting: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
+        self._card = torch.cuda.current_device() if in_pieces and torch.cuda.is_available() else None
         pieces = [_Piece(pinned_ram(piece_bytes)) if in_pieces else None for _ in range(max(1, threads))]
         self._piece = pieces[0]
         self.threads = [
@@ -155,6 +156,8 @@ class Reader:
     def _work(self, piece: _Piece | None) -> None:
         filling: Filling | None = None
         try:
+            if self._card is not None:
+                torch.cuda.set_device(self._card)
             while (part := self._pace.waiting(self._waiting.get)) is not None and not self._closed:
                 filling, runs = part
                 self._bring(runs, filling, piece)
