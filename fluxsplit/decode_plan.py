@@ -49,8 +49,8 @@ CARD_FP32_WORKSPACE = 1.9
 FRAGMENTED_WORK = 1.7
 """What torch's allocator reserves for a strip's work where its segments cannot grow, over what is planned: 0.62 GB for
 0.37, measured on an H200 at 1152x944 in fp32."""
-NO_SMALLER_PLAN_HINT = "give --vram more, or use --device cpu"
-"""Of the error that no other plan would help."""
+NO_SMALLER_PLAN_HINT = "give --vram more"
+"""How the hint begins of the error that no other plan would help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +379,7 @@ def plan_vae(
     raise OutOfMemory(
         f"the VAE needs {plan.device_bytes / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
         f"and {budget_bytes / 1e6:.0f} MB may be used",
-        NO_SMALLER_PLAN_HINT,
+        NO_SMALLER_PLAN_HINT + ("" if device.kind == "cpu" else ", or use --device cpu"),
     )
 
 

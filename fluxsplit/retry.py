@@ -58,7 +58,7 @@ def vae_events_with_retry(
             yield event
         return
     except OutOfMemory as error:
-        if job.smaller or error.hint == NO_SMALLER_PLAN_HINT:
+        if job.smaller or error.hint.startswith(NO_SMALLER_PLAN_HINT):
             raise
         process.close()
         note(f"{error.line()}; trying once more with a smaller plan")
