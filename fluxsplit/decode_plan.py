@@ -26,6 +26,8 @@ FACTOR = 8
 """Pixels of a picture for one of its latent, each way, in a VAE of four widths."""
 BLOCK_BYTES = 8 << 20
 """Planes come in blocks of rows, no larger than this unless a row is, which are given back one by one."""
+KEPT_SHARE = 0.95
+"""Of what the work of strips leaves of a card, for blocks of planes: the work is an estimate."""
 CPU_STRIP_BYTES = 6 << 20
 """A strip in fp32: small enough for the last-level cache, large enough that its overhead does not count."""
 CARD_STRIP_BYTES = {"device": 256 << 20, "ram": 64 << 20, "disk": 64 << 20}
@@ -35,8 +37,8 @@ LOW_STRIP_BYTES = 16 << 20
 """A card is slower with lower strips than with some planes in RAM."""
 RAM_MARGIN_BYTES = 1 << 30
 """That a card's planes leave free of RAM."""
-BLOCK_STEP_BYTES = 2 << 20
-"""Blocks of a card's planes are multiples of it: the size of a large page of RAM."""
+PAGE_BYTES = 4096
+"""Blocks of a card's planes are multiples of it."""
 HALO_BLOCKS = 2
 """Of a plane that is given back: that of the rows which the next strip needs as well, and one that is half read."""
 CPU_KEPT_BYTES = 16 << 20
@@ -51,6 +53,7 @@ FRAGMENTED_WORK = 1.7
 0.37, measured on an H200 at 1152x944 in fp32."""
 NO_SMALLER_PLAN_HINT = "give --vram more"
 """How the hint begins of the error that no other plan would help."""
+_ELSEWHERE = {True: "", False: ", or use --device cpu"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +255,9 @@ def attention_tokens(one: Pass, item_bytes: int, strip_bytes: int) -> tuple[int,
     return min(tokens, max(64, min(2048, scores // keys))), keys
 
 
-def block_rows(row_bytes: int) -> int:
-    """Rows in a block of a plane: as many as fit, so that blocks of all planes are about equally large."""
-    return max(1, BLOCK_BYTES // row_bytes)
+def block_rows(row_bytes: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """Rows in a block of a plane: as many as fit."""
+    return max(1, block_bytes // row_bytes)
 
 
 def planes_held(passes: Iterable[Pass], item_bytes: int) -> list[int]:
@@ -296,24 +299,20 @@ def planes_peak(passes: Iterable[Pass], item_bytes: int) -> int:
     return max(planes_held(passes, item_bytes))
 
 
-def largest_block(passes: Iterable[Pass], item_bytes: int) -> int:
-    """Bytes that hold a block of any plane."""
-    most = 0
-    for one in passes:
-        for height, width, channels in (
-            (one.height, one.width, one.inputs),
-            (one.out_height, one.out_width, one.outputs),
-        ):
-            row_bytes = width * channels * item_bytes
-            most = max(most, min(height, block_rows(row_bytes)) * row_bytes)
-    return ceil(most / BLOCK_STEP_BYTES) * BLOCK_STEP_BYTES
+def block_size(passes: Iterable[Pass], item_bytes: int) -> int:
+    """Bytes of a block of any plane: of as many of the widest rows as come near `BLOCK_BYTES`, but of one at least.
+
+    Rows of other planes are mostly a half or a quarter of the widest, so that little of a block is left over.
+    """
+    widest = max(max(one.width * one.inputs, one.out_width * one.outputs) for one in passes) * item_bytes
+    return ceil(widest * max(1, BLOCK_BYTES // widest) / PAGE_BYTES) * PAGE_BYTES
 
 
-def blocks_held(passes: Iterable[Pass], item_bytes: int, strip_bytes: int) -> int:
+def blocks_held(passes: Iterable[Pass], item_bytes: int, strip_bytes: int, block_bytes: int) -> int:
     """Blocks of all planes at the worst moment: a strip is written before what it was made of is given back."""
 
     def blocks(height: int, width: int, channels: int) -> int:
-        return ceil(height / block_rows(width * channels * item_bytes))
+        return ceil(height / block_rows(width * channels * item_bytes, block_bytes))
 
     def ahead(one: Pass) -> int:
         rows = strip_rows(one, strip_bytes) * (2 if one.kind == "up" else 1)
@@ -367,7 +366,14 @@ def plan_vae(
     after one ran out of memory. Raises OutOfMemory where not even the smallest strips fit.
     """
     if smaller:
-        budget_bytes = plan_vae(passes, dtype, budget_bytes, device, smaller=smaller - 1).device_bytes * 3 // 4
+        larger = plan_vae(passes, dtype, budget_bytes, device, smaller=smaller - 1)
+        try:
+            return plan_vae(passes, dtype, larger.device_bytes * 3 // 4, device)
+        except OutOfMemory:
+            raise OutOfMemory(
+                f"the VAE ran out of memory as planned ({larger.text()}), and there is no smaller plan",
+                "close other programs" + _ELSEWHERE[device.kind == "cpu"],
+            ) from None
     choices = [("device", MIN_STRIP_BYTES), ("disk", MIN_STRIP_BYTES)]
     if device.kind != "cpu":
         choices = [("device", LOW_STRIP_BYTES), ("ram", MIN_STRIP_BYTES), *choices]
@@ -379,7 +385,7 @@ def plan_vae(
     raise OutOfMemory(
         f"the VAE needs {plan.device_bytes / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
         f"and {budget_bytes / 1e6:.0f} MB may be used",
-        NO_SMALLER_PLAN_HINT + ("" if device.kind == "cpu" else ", or use --device cpu"),
+        NO_SMALLER_PLAN_HINT + _ELSEWHERE[device.kind == "cpu"],
     )
 
 
@@ -395,7 +401,7 @@ def _plan(
         strip_bytes = max(lowest_bytes, strip_bytes // 2)
     if home == "device" or device.kind == "cpu":
         return plan
-    kept = min(plan.planes_bytes, budget_bytes - plan.device_bytes) // plan.block_bytes
+    kept = min(plan.planes_bytes, int(KEPT_SHARE * (budget_bytes - plan.device_bytes))) // plan.block_bytes
     return replace(plan, kept_blocks=kept, device_bytes=plan.device_bytes + kept * plan.block_bytes)
 
 
@@ -405,7 +411,8 @@ def _with_strips(passes: tuple[Pass, ...], dtype: str, device: DeviceInfo, home:
     if device.kind == "cpu":
         peak = device_peak(passes, strip_bytes, item, home, on_cpu=True)
         return VaePlan(dtype, home, strip_bytes, peak, planes_peak(passes, item))
-    block_bytes, blocks = largest_block(passes, item), blocks_held(passes, item, strip_bytes)
+    block_bytes = block_size(passes, item)
+    blocks = blocks_held(passes, item, strip_bytes, block_bytes)
     kept = blocks if home == "device" else 0
     work = device_peak(passes, strip_bytes, item, home, on_cpu=False)
     if not device.growing_segments:
@@ -416,4 +423,5 @@ def _with_strips(passes: tuple[Pass, ...], dtype: str, device: DeviceInfo, home:
 def _fits_ram(plan: VaePlan, device: DeviceInfo) -> bool:
     if device.ram_bytes is None:
         return True
-    return plan.elsewhere_bytes + min(plan.device_bytes, RAM_MARGIN_BYTES) <= device.ram_bytes
+    beside = plan.device_bytes if device.unified else min(plan.device_bytes, RAM_MARGIN_BYTES)
+    return plan.elsewhere_bytes + beside <= device.ram_bytes

@@ -331,7 +331,9 @@ def _plan(
 
 
 def _pinnable(device: DeviceInfo, streamed_bytes: int) -> int:
-    return min(streamed_bytes, int((device.ram_bytes or 0) * PINNED_SHARE)) if device.kind == "cuda" else 0
+    if device.kind != "cuda" or device.unified:  # where RAM is the card's memory it is planned for already
+        return 0
+    return min(streamed_bytes, int((device.ram_bytes or 0) * PINNED_SHARE))
 
 
 def _with_smallest(plan: MemoryPlan, smallest_bytes: int) -> MemoryPlan:

@@ -1,7 +1,7 @@
 """Memory that an NVIDIA card reads and writes by itself: pinned where it lies, be it RAM or a file's map.
 
 Pins last until they are taken away, for which the driver waits until the card is idle: so nothing is pinned in turns.
-On AMD cards nothing is, as pinned memory was seen to stall there (ComfyUI#16062).
+On AMD cards nothing is pinned so, as that was seen to stall there (ComfyUI#16062).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -63,6 +64,8 @@ class FilePins:
 
     def add(self, spans: Sequence[Span]) -> bool:
         """Pin these, or none of them: False where they are too many, or the driver refuses."""
+        if all(span in self._parts for span in spans):
+            return True
         if sum(span.bytes for span in spans) > self._left:
             return False
         for number, span in enumerate(spans):
@@ -86,17 +89,24 @@ class FilePins:
         if first >= last:
             first = last = span.start
         whole = file.bytes_at(first, last) if last > first else None
+        file.check_unchanged()
         if whole is not None and not pin(whole, read_only=True):
             return False
         ends = pinned_ram(first - span.start + span.stop - last)
         head, tail = ends[: first - span.start], ends[first - span.start :]
-        head.copy_(file.bytes_at(span.start, first) if len(head) else head)
-        tail.copy_(file.bytes_at(last, span.stop) if len(tail) else tail)
+        for end, start in ((head, span.start), (tail, last)):
+            file.read_into(as_buffer(end), start)
         self._parts[span] = tuple(part for part in (head, whole, tail) if part is not None and len(part))
         self._left -= span.bytes
         if whole is not None:
             self._pinned.append(whole)
         return True
+
+
+def as_buffer(memory: torch.Tensor) -> memoryview:
+    """A uint8 tensor on the CPU as something that can be read into."""
+    array: Any = memory.numpy()
+    return memoryview(array)
 
 
 def pinned_ram(count: int) -> torch.Tensor:

@@ -22,9 +22,12 @@ from pathlib import Path
 
 import torch
 
-from fluxsplit.decode_plan import block_rows
+from fluxsplit.decode_plan import BLOCK_BYTES, block_rows
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.pinned import can_pin, pin, unpin
+
+MADE_TOGETHER = 8
+"""Blocks of RAM."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +58,8 @@ class Home:
         Those in RAM are pinned, where that can be, `pin_bytes` of them at most. `folder` is for the files of `disk`.
         """
         self._kind, self._device, self._folder = kind, device, folder
-        self._block_bytes = block_bytes
+        self.block_bytes = block_bytes
+        """Of every block that is used again; 0 where none is."""
         kept = torch.empty(kept_blocks * block_bytes, dtype=torch.uint8, device=device)
         self._free: dict[str, list[Block]] = {"kept": [], "ram": []}
         if kept_blocks:
@@ -65,7 +69,7 @@ class Home:
 
     def take(self, count: int) -> Block:
         """A block of at least `count` bytes; raises FluxsplitError where a disk is full, MemoryError, or torch's."""
-        if count <= self._block_bytes:
+        if count <= self.block_bytes:
             for pool in ("kept", "ram"):
                 if self._free[pool]:
                     return self._free[pool].pop()
@@ -73,7 +77,10 @@ class Home:
             return Block(torch.empty(count, dtype=torch.uint8, device=self._device))
         if self._kind != "ram":
             return Block(_mapped(count, self._folder if self._kind == "disk" else None))
-        return Block(self._in_ram(max(count, self._block_bytes)), "ram" if count <= self._block_bytes else "")
+        if count > self.block_bytes:
+            return Block(_mapped(count, None))
+        self._free["ram"] += [Block(memory, "ram") for memory in self._in_ram().split(self.block_bytes)]
+        return self._free["ram"].pop()
 
     def give(self, block: Block) -> None:
         """Back for the next to take."""
@@ -82,17 +89,19 @@ class Home:
 
     def close(self) -> None:
         """Let go of what waits, and of the pins, after all copies; what is still in use stays what it is."""
+        if self._pinned:
+            torch.cuda.synchronize(self._device)
         for waiting in self._free.values():
             waiting.clear()
         while self._pinned:
             unpin(self._pinned.pop())
 
-    def _in_ram(self, count: int) -> torch.Tensor:
-        """Large pages, where there are some, since every page is filled with zeros and pinned by itself."""
-        memory = _mapped(count, None, large_pages=True)
-        if count <= self._left:
+    def _in_ram(self) -> torch.Tensor:
+        """Several blocks. In large pages where there are some: each is filled with zeros and pinned by itself."""
+        memory = _mapped(MADE_TOGETHER * self.block_bytes, None, large_pages=True)
+        if len(memory) <= self._left:
             if pin(memory):
-                self._left -= count
+                self._left -= len(memory)
                 self._pinned.append(memory)
             else:
                 self._left = 0
@@ -106,7 +115,8 @@ class Plane:
         self.height, self.width, self.channels = size
         self.dtype = dtype
         self._home = home
-        self._block_rows = min(self.height, block_rows(self.width * self.channels * dtype.itemsize))
+        row_bytes = self.width * self.channels * dtype.itemsize
+        self._block_rows = min(self.height, block_rows(row_bytes, home.block_bytes or BLOCK_BYTES))
         self._blocks: dict[int, tuple[Block, torch.Tensor]] = {}
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:

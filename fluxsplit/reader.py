@@ -21,12 +21,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.pinned import FilePins, pinned_ram
+from fluxsplit.pinned import FilePins, as_buffer, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
 POLL_S = 0.5
@@ -189,7 +189,7 @@ class Reader:
             self._through(piece, runs, filling)
             return
         for run in runs:
-            self._files.open(run.path).read_into(_buffer(run.memory), run.start)
+            self._files.open(run.path).read_into(as_buffer(run.memory), run.start)
             if filling.fleeting:
                 self._files.open(run.path).give_back(run.start, run.stop)
 
@@ -197,7 +197,7 @@ class Reader:
         file, start, stop = self._files.open(runs[0].path), runs[0].start, max(run.stop for run in runs)
         if piece.copied is not None:
             self._pace.waiting(piece.copied.synchronize)
-        file.read_into(_buffer(piece.memory[: stop - start]), start)
+        file.read_into(as_buffer(piece.memory[: stop - start]), start)
         if filling.fleeting:
             file.give_back(start, stop)
         assert filling.stream is not None
@@ -269,12 +269,6 @@ def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
             start = stop
     if together:
         yield together
-
-
-def _buffer(memory: torch.Tensor) -> memoryview:
-    """A uint8 tensor on the CPU as something that can be read into."""
-    array: Any = memory.numpy()
-    return memoryview(array)
 
 
 def _as_error(failure: BaseException) -> BaseException:

@@ -111,7 +111,9 @@ class Streaming:
         pin_bytes: int = 0,
         on_read: OnRead = lambda count: None,
     ) -> None:
-        """Allocate everything and load what stays. With `ahead` `readers` threads read; without, the caller does.
+        """Allocate everything and load what stays, read by `readers` threads for a card and with `ahead` by one else.
+
+        With `ahead` the next block is read while one is computed; without, when it is asked for.
 
         `fleeting` are blocks for which there is no room in RAM: their pages are given back once they are read, so that
         those of the others stay.
@@ -125,7 +127,7 @@ class Streaming:
         self._order = iter(order) if once else itertools.cycle(order)
         self._fresh, self._fleeting = set(self._streamed), fleeting
         self._as_card = device.type == "cuda" if as_card is None else as_card
-        threads = (readers if self._as_card else 1) if ahead else 0
+        threads = readers if self._as_card else int(ahead)
         self._reader = Reader(
             files, in_pieces=self._as_card, piece_bytes=piece_bytes, threads=threads, pin_bytes=pin_bytes
         )

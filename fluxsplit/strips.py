@@ -165,12 +165,6 @@ class Strips:
 
         `advance` is told the share of the work that is done. Raises NotFinite.
         """
-        try:
-            self._run(passes, sink, advance)
-        finally:
-            self._home.close()
-
-    def _run(self, passes: tuple[Pass, ...], sink: Sink, advance: Callable[[float], None]) -> None:
         total = sum(one.operations for one in passes)
         done = 0.0
         for one in passes:
@@ -184,6 +178,10 @@ class Strips:
             give_back_freed()
             done += one.operations
         advance(1.0)
+
+    def close(self) -> None:
+        """Let go of the memory of planes."""
+        self._home.close()
 
     def plane(self, height: int, width: int, channels: int) -> Plane:
         """A new plane where the plan wants it."""

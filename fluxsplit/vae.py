@@ -6,6 +6,7 @@ the VAE costs no memory of its own and any dtype can be computed in without load
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -129,13 +130,13 @@ class Vae:
         def layer(name: str) -> torch.Tensor:
             return self.parameter(name, dtype)
 
-        strips = Strips(plan, dtype, self.device, self.shape.groups, layer, folder)
-        plane = strips.plane(*rows.shape)
-        for start, piece in plane.pieces(0, len(rows)):
-            part = rows[start : start + len(piece)]
-            piece.copy_(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part)
-        strips.take(name, plane, None)
-        strips.run(passes, sink, advance)
+        with contextlib.closing(Strips(plan, dtype, self.device, self.shape.groups, layer, folder)) as strips:
+            plane = strips.plane(*rows.shape)
+            for start, piece in plane.pieces(0, len(rows)):
+                part = rows[start : start + len(piece)]
+                piece.copy_(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part)
+            strips.take(name, plane, None)
+            strips.run(passes, sink, advance)
 
     def _pointwise(self, layer: str, planar: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight, bias = (self.parameter(f"{layer}.{leaf}", dtype) for leaf in ("weight", "bias"))

@@ -12,6 +12,7 @@ when it is opened and compared before anything made of it is written (`check_unc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -68,6 +69,9 @@ class WeightFile:
         if hasattr(os, "posix_fadvise"):  # read ahead twice as far, also when it is the map that is read
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # read in 2 MB at once, mapped by one entry: a tenth of the kernel's time
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
 
     def check_unchanged(self) -> None:
         """Raise FluxsplitError where the file is not the one that was opened, or was written to since."""
@@ -93,7 +97,12 @@ class WeightFile:
     def _pread(self, buffer: memoryview, start: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._handle, [buffer], start)
-        count = min(len(buffer), len(self._map) - start)  # Windows does not let go of what is mapped
+        if hasattr(os, "pread"):
+            data = os.pread(self._handle, len(buffer), start)
+            buffer[: len(data)] = data
+            return len(data)
+        # Windows, which lets nobody cut short what is mapped; a disk that fails is a crash there and no error
+        count = min(len(buffer), len(self._map) - start)
         if count > 0:
             torch.frombuffer(buffer, dtype=torch.uint8, count=count).copy_(self.bytes_at(start, start + count))
         return max(0, count)

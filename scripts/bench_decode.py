@@ -91,7 +91,7 @@ def planned(vae: Vae, latents: torch.Tensor, case: str, dtype: str, cap_bytes: i
     plan = plan_vae(passes, dtype, budget, device_info(vae.device))
     if case == "strips-disk":
         peak = device_peak(passes, plan.strip_bytes, DTYPE_BYTES[dtype], "disk", on_cpu=on_cpu)
-        plan = replace(plan, home="disk", device_bytes=peak)
+        plan = replace(plan, home="disk", device_bytes=peak, kept_blocks=0)
     return plan
 
 

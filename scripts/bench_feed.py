@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fluxsplit.pinned import FilePins, pinned_ram
+from fluxsplit.pinned import FilePins, as_buffer, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
 MIB = 1 << 20
@@ -75,10 +75,10 @@ class Feed:
         ring = [pinned_ram(piece_bytes) for _ in range(threads)]
 
         def work(starts: queue.SimpleQueue[int | None], piece: torch.Tensor) -> None:
-            sent, array = None, memoryview(piece.numpy())  # type: ignore[arg-type]
+            sent = None
             while (start := starts.get()) is not None:
                 _wait(sent)
-                self.file.read_into(array, start)
+                self.file.read_into(as_buffer(piece), start)
                 sent = self.send(piece)
 
         def bring(count: int) -> None:
@@ -89,10 +89,11 @@ class Feed:
 
         return bring
 
-    def pinned(self, count: int) -> tuple[FilePins, Way]:
-        """The file's own pages, which the card fetches by itself; its pins are to be closed."""
+    def pinned(self, count: int) -> tuple[FilePins, Way | None]:
+        """The file's own pages, which the card fetches by itself; None where the driver refuses. To be closed."""
         pins, spans = FilePins(self.files, count), _spans(self.path, count)
-        pins.add(spans)
+        if not pins.add(spans):
+            return pins, None
 
         def bring(_: int) -> None:
             for span in spans:
@@ -145,7 +146,8 @@ def ways(feed: Feed, count: int) -> Iterator[tuple[str, Way]]:
         started_s = time.perf_counter()
         pins, bring = feed.pinned(count)
         took_s = time.perf_counter() - started_s
-        yield f"pinned in the page cache ({took_s / count * 1e9:.3f} s a GB)", bring
+        if bring is not None:
+            yield f"pinned in the page cache ({took_s / count * 1e9:.3f} s a GB)", bring
         pins.close()
 
 
@@ -184,6 +186,8 @@ def main() -> None:
     device = torch.device(args.device)
     most_bytes = min(args.path.stat().st_size, int(args.gb * 1e9))
     count = most_bytes // WINDOW_BYTES * WINDOW_BYTES
+    if not count:
+        parser.error(f"{args.path} is smaller than {WINDOW_BYTES // MIB} MiB")
     feed = Feed(args.path, device)
     feed.file.map_pages(0, count)
     for name, bring in ways(feed, count):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
                     seen[-1][0].copy_(place.linear.stored.view(torch.uint8), non_blocking=True)
         for slot in loader._coming if seed % 2 else ():  # with copies under way
             assert slot.filling is not None and slot.filling.done.wait(30)
-        assert bool(pins) == bool(how["pin_bytes"] and ahead and loader._reader.pinned_bytes)
+        assert bool(pins) == bool(how["pin_bytes"] and loader._reader.pinned_bytes)
         assert sum(pins) <= how["pin_bytes"]
         loader.close()
         assert not pins, "what was pinned is pinned no more"
@@ -207,6 +208,38 @@ def test_where_the_driver_refuses_a_pin_nothing_is_lost(
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     loader.close()
     assert next(answers, None) is None and len(unpinned) == 1
+
+
+def test_a_file_that_is_cut_short_is_not_pinned(path: Path, pins: list[int]) -> None:
+    """A look at a page beyond its end would end the process."""
+    size = path.stat().st_size
+    held = pinned.FilePins(WeightFiles(), 1 << 30)
+    held._files.open(str(path))
+    truncate(path)
+    with pytest.raises(FluxsplitError, match="changed during the run"):
+        held.add([Span(str(path), size - 10000, size - 3)])
+    assert not pins
+
+
+def test_what_is_pinned_once_is_not_pinned_twice(path: Path, pins: list[int]) -> None:
+    held, span = pinned.FilePins(WeightFiles(), 1 << 30), Span(str(path), 5, 20000)
+    assert held.add([span]) and held.add([span])
+    assert len(pins) == 1
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_card_is_read_for_by_as_many_threads_whether_blocks_take_turns_or_not(
+    path: Path, slots: int, loaders: list[Streaming | ReadAhead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Card(monkeypatch, at_once=True)
+    flux, files = load(path)
+    everything = frozenset(range(BLOCKS))
+    for resident in (everything, frozenset[int]()):
+        loader = Streaming(
+            flux.blocks, files, CPU, as_card=True, readers=3, ahead=slots > 1, slots=slots, resident=resident
+        )
+        loaders.append(loader)
+        assert len(loader._reader.threads) == 3
 
 
 def test_what_is_pinned_is_what_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +309,18 @@ def test_bytes_are_brought_into_ram_and_given_back(tmp_path: Path) -> None:
     assert is_in_ram(opened, *within)
     opened.give_back(*within)
     assert not is_in_ram(opened, *within)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that is asked")
+def test_a_file_is_to_be_mapped_in_large_pages(path: Path) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without large pages")
+    opened = WeightFile(str(path))
+    opened.map_pages(0, 1)
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    flags = [after.split("\n")[0].split() for before, after in pairwise(maps) if str(path) in before]
+    assert flags and all("hg" in some for some in flags)
+    assert opened.bytes_at(0, 8).tolist() == list(path.read_bytes()[:8])
 
 
 def test_in_fp16_text_and_image_stay_views_of_one_tensor(path: Path, text: Conditioning) -> None:

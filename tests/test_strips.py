@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import synthetic_checkpoint
 from fluxsplit import checkpoint
-from fluxsplit.decode_plan import VaePlan, VaeShape, blocks_held, largest_block
+from fluxsplit.decode_plan import VaePlan, VaeShape, block_size, blocks_held
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.models import demo_files
 from fluxsplit.pinned import pin
-from fluxsplit.planes import Home, Plane
+from fluxsplit.planes import MADE_TOGETHER, Home, Plane
 from fluxsplit.strips import EPSILON, Moments, NotFinite, convolve, phase_kernels
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Vae, levels, load_vae
@@ -222,14 +222,16 @@ def test_the_shape_is_read_off_the_weights(random_vae: Vae) -> None:
 
 def test_blocks_are_used_again_those_of_the_device_first() -> None:
     home = Home("ram", CPU, block_bytes=8 << 20, kept_blocks=2)
-    blocks = [home.take(count) for count in (5 << 20, 8 << 20, 3 << 20, (8 << 20) + 1)]
-    assert [block.memory.numel() for block in blocks] == [8 << 20, 8 << 20, 8 << 20, (8 << 20) + 1]
+    sizes = (5 << 20, 8 << 20, *[3 << 20] * MADE_TOGETHER, (8 << 20) + 1)
+    blocks = [home.take(count) for count in sizes]
+    assert [block.memory.numel() for block in blocks] == [8 << 20] * (2 + MADE_TOGETHER) + [(8 << 20) + 1]
     places = [block.memory.data_ptr() for block in blocks]
     assert abs(places[0] - places[1]) == 8 << 20, "one piece of memory"
+    assert max(places[2:-1]) - min(places[2:-1]) == (MADE_TOGETHER - 1) * (8 << 20), "another one"
     for block in blocks:
         home.give(block)
-    again = [home.take(1).memory.data_ptr() for _ in range(4)]
-    assert set(again[:2]) == set(places[:2]) and again[2] == places[2] and again[3] not in places
+    again = [home.take(1).memory.data_ptr() for _ in blocks]
+    assert set(again[:2]) == set(places[:2]) and set(again[2:-1]) == set(places[2:-1]) and again[-1] not in places
 
 
 @pytest.mark.parametrize("home", ["device", "ram", "disk"])
@@ -259,22 +261,21 @@ def test_the_plan_knows_how_many_blocks_there_are(
     vae: Vae, height: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the planned ones they would go to a folder that is not there."""
-    for module in ("fluxsplit.decode_plan", "fluxsplit.planes"):
-        monkeypatch.setattr(f"{module}.BLOCK_BYTES", 1 << 14, raising=False)
+    monkeypatch.setattr("fluxsplit.decode_plan.BLOCK_BYTES", 1 << 14)
     passes = vae.decoder_passes(height, width)
     latents = torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(0))
     whole = decoded(vae, latents, plan(1 << 17))
-    block_bytes = largest_block(passes, 4)
+    block_bytes = block_size(passes, 4)
     for strip_bytes in STRIPS:
-        blocks = blocks_held(passes, 4, strip_bytes)
+        blocks = blocks_held(passes, 4, strip_bytes, block_bytes)
         how = VaePlan("fp32", "disk", strip_bytes, 0, 0, block_bytes, blocks)
         got = decoded(vae, latents, how, tmp_path / "nowhere")
         assert float((got - whole).abs().max()) <= TOLERANCE
-    blocks = blocks_held(passes, 4, 1 << 15)
+    blocks = blocks_held(passes, 4, 1 << 15, block_bytes)
     with pytest.raises(FluxsplitError, match="cannot keep activations"):
         decoded(vae, latents, VaePlan("fp32", "disk", 1 << 15, 0, 0, block_bytes, blocks - 8), tmp_path / "nowhere")
-    half = VaePlan("fp32", "ram", 1 << 15, 0, 0, block_bytes, blocks // 2)
-    assert torch.equal(decoded(vae, latents, half), decoded(vae, latents, plan(1 << 15)))
+    half, every = (VaePlan("fp32", "ram", 1 << 15, 0, 0, block_bytes, count) for count in (blocks // 2, blocks))
+    assert torch.equal(decoded(vae, latents, half), decoded(vae, latents, every))
 
 
 @pytest.mark.gpu
@@ -303,7 +304,8 @@ def test_planes_partly_on_a_card_are_the_same_picture(random_vae: Vae, tmp_path:
     latents = torch.randn(1, 16, 96, 88, generator=torch.Generator().manual_seed(0))
     passes = card.decoder_passes(96, 88)
     for dtype, item_bytes in (("fp32", 4), ("bf16", 2)):
-        block_bytes, blocks = largest_block(passes, item_bytes), blocks_held(passes, item_bytes, 1 << 20)
+        block_bytes = block_size(passes, item_bytes)
+        blocks = blocks_held(passes, item_bytes, 1 << 20, block_bytes)
         whole = decoded(card, latents, VaePlan(dtype, "device", 1 << 20, 0, 0, block_bytes, blocks))
         for home in ("ram", "disk"):
             for kept in (0, 1, blocks // 2):
