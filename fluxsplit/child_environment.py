@@ -24,6 +24,9 @@ _DEFAULTS = {
     "MIOPEN_FIND_MODE": "2",  # the exhaustive search took 10 to 23 minutes at the first decode (unsloth#11636)
     "PYTHONUNBUFFERED": "1",
     "PYTHONUTF8": "1",
+    # Threads of a product that wait for one another spin for a hundredth of a second by default. Where other programs
+    # want the cores they spin instead of letting the last one run: 20 s for a picture of 3 s beside two of them.
+    "GOMP_SPINCOUNT": "2000",
 }
 _OF_STAGE = {
     # glibc gives large pieces back at once and faults them in anew for the next activation, which took 1 s of a step of

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fluxsplit import durable
 from fluxsplit.arguments import check_choice, check_device, files_in, gather_files
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
@@ -106,6 +107,8 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
     for refused in plan.refused:
         progress.failed(refused.path, refused.error.message, refused.error.hint)
     before = len(progress.results)
+    for folder in {job.out for job in plan.jobs}:
+        durable.check_folder(folder)
     for number, job in enumerate(plan.jobs):
         with ahead if ahead is not None and number == 0 else StageProcess("decode") as process:
             for event in vae_events_with_retry(process, job, progress.note):

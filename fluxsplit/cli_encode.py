@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from fluxsplit import durable
 from fluxsplit.arguments import check_choice, check_device, files_in, gather_files, parse_size
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.executor import StageProcess
@@ -21,6 +22,7 @@ from fluxsplit.retry import vae_events_with_retry
 def encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and encode; returns the exit code."""
     job = plan_encode(given, defaults, progress)
+    durable.check_folder(job.out)
     for event in encode_events(job, progress):
         progress.show(event)
     return 1 if progress.failures else 0
@@ -48,7 +50,7 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
     )
     if any(values.get(name) for name in ("vae", "model", "comfyui")):
         return replace(job, vae=resolve_vae(wanted_files(values)))
-    progress.note("no --vae and no --model given: using the demo model's VAE, whose latents only the demo model knows")
+    progress.note("no --vae and no --model given: using the demo model's VAE (decode with --vae demo)")
     return replace(job, vae=demo_files().vae)
 
 

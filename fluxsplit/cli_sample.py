@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluxsplit import conditioning_cache, places
+from fluxsplit import conditioning_cache, durable, places
 from fluxsplit.arguments import (
     MAX_IMAGES,
     check_choice,
@@ -122,6 +122,7 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
     """
     for note in plan.notes:
         progress.note(note)
+    durable.check_folder(plan.out)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxsplit-", ignore_cleanup_errors=True)))
         ready = _cached(plan)

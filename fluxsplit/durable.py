@@ -154,6 +154,22 @@ def _file_lock(handle: int) -> Iterator[None]:
     yield  # closing the file lets go
 
 
+def check_folder(folder: str | Path) -> None:
+    """Raise FluxsplitError where nothing can be written into `folder`, or where it cannot be made.
+
+    Nothing is left there. Meant for the moment before a long computation, whose results would be lost.
+    """
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    probe = _part_name(place / "probe")
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise _explained(error, Path(folder), 0) from error
+
+
 def check_space(folder: str | Path, needed_bytes: int) -> None:
     """Raise FluxsplitError where the disk of `folder` has not twice `needed_bytes` free (promise P6).
 

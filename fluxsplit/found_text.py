@@ -30,6 +30,7 @@ def facts_of(found: FoundRecipe) -> list[tuple[str, str]]:
         "denoise": None if found.denoise == 1 else found.denoise,
         "model": found.model,
         "model hash": found.model_hash,
+        "start": _started_from(found) or None,
         "noise": {"cpu": "drawn on the CPU", "gpu": "drawn on a GPU"}.get(found.noise_source or ""),
     }
     facts = [
@@ -100,4 +101,15 @@ def as_command(found: FoundRecipe) -> str:
     for name, value in options.items():
         if value is not None:
             words += [name, repr(value) if isinstance(value, float) else str(value)]
-    return shlex.join(words)
+    command = shlex.join(words)
+    started = _started_from(found)
+    return f"# {started}: only `fluxsplit rerender --from` it makes the same picture\n{command}" if started else command
+
+
+def _started_from(found: FoundRecipe) -> str:
+    """What a picture that was not drawn from noise alone began with; empty for others."""
+    start = None if found.recipe is None else found.recipe.start
+    if start is None:
+        return ""
+    latent = f", whose latent is {start.latent_sha256[:12]}..., with strength {start.strength:g}"
+    return f"keeps the {start.keep} of another picture{latent if start.latent_sha256 else ''}"

@@ -23,6 +23,8 @@ DESKTOP_SHARE = 0.04
 """The same as a share of all there is; the larger counts."""
 CPU_AUTO_SHARE = 0.75
 """Of the RAM that is free now, by `auto` on a CPU."""
+LEAST_BYTES = 1_000_000
+"""Who asks for less has forgotten the unit."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 _AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]I?|)B?", re.ASCII | re.IGNORECASE)
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%", re.ASCII)
@@ -129,6 +131,8 @@ def _amount(text: str) -> int | None:
     amount = int(float(match[1]) * _UNITS[match[2].upper()])
     if amount <= 0:
         raise UsageError(f"--vram {text!r} is nothing", _HINT)
+    if amount < LEAST_BYTES:
+        raise UsageError(f"--vram {text!r} is {amount} bytes", f"write it as {match[1]}G, or {match[1]}M")
     return amount
 
 

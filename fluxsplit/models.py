@@ -17,6 +17,8 @@ from fluxsplit.errors import FluxsplitError, ModelFileMissing
 from fluxsplit.jobs import ModelFiles, absolute
 from fluxsplit.recipe import LATENT_CHANNELS
 
+DEMO = "demo"
+"""What the demo model is called where a model or a VAE is named."""
 DEMO_FOLDER = Path(__file__).parent / "demo"
 TEXT = ("t5", "clip")
 _TITLES = {"transformer": "transformer", "t5": "T5 text encoder", "clip": "CLIP-L text encoder", "vae": "VAE"}
@@ -75,7 +77,7 @@ def resolve(wanted: Wanted, need: Collection[str]) -> ModelFiles:
     Without a model this is the demo model. Raises ModelFileMissing, saying where it looked and what to get, and
     FluxsplitError for a file that is not what it was named as.
     """
-    if not wanted.model:
+    if wanted.model in ("", DEMO):
         return demo_files()
     comfyui = places.comfyui_root(wanted.comfyui)
     model = find_named(wanted.model, "transformer", comfyui)
@@ -104,6 +106,8 @@ def find_named(name: str, kind: str, comfyui: Path | None) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if name == DEMO and kind in ("transformer", "vae"):
+        return Path(demo_files().transformer)
     looked = []
     if not path.is_absolute():
         for folder in places.comfyui_folders(comfyui, kind):

@@ -228,11 +228,11 @@ def _text(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
 
 
 def _vae(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
-    """`done` may be fractional: how far a large picture is."""
-    done, total = float(event["done"]), int(event["total"])
+    """`done` may be fractional: how far a large picture is. Those that `failed` are among them."""
+    done, total, failed = float(event["done"]), int(event["total"]), int(event.get("failed", 0))
     part = f", {100 * (done % 1):.0f} % of the next" if done % 1 else ""
     title = "latents decoded" if key == "decode" else "pictures encoded"
-    return Task(key, title, done, total, f"{int(done)} of {total}{part}{_left(done, total, elapsed_s)}")
+    return Task(key, title, done, total, f"{int(done) - failed} of {total}{part}{_left(done, total, elapsed_s)}")
 
 
 def _upscale(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:

@@ -29,7 +29,7 @@ def run(job: DecodeJob, events: Events) -> None:
         stamp = hashing.submit(_stamp, job.vae)
         session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
         parents = dict(zip(job.latents, job.parents, strict=False))
-        total = len(job.latents)
+        total, failed = len(job.latents), 0
         following = reading.submit(read_latents, job.latents[0]) if total else None
         for number, path in enumerate(job.latents):
             assert following is not None
@@ -45,8 +45,9 @@ def run(job: DecodeJob, events: Events) -> None:
             except OutOfMemory:
                 raise
             except FluxsplitError as error:
+                failed += 1
                 events.send("failed", item=path, message=error.message, hint=error.hint)
-        events.send("decode", done=total, total=total)
+        events.send("decode", done=total, total=total, failed=failed)
 
 
 def _delete(path: str, events: Events) -> None:

@@ -19,7 +19,7 @@ from fluxsplit.vae_session import VaeSession, teller
 def run(job: EncodeJob, events: Events) -> None:
     """Encode `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
     session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
-    total = len(job.images)
+    total, failed = len(job.images), 0
     for number, path in enumerate(job.images):
         events.send("encode", done=number, total=total)
         try:
@@ -32,8 +32,9 @@ def run(job: EncodeJob, events: Events) -> None:
         except OutOfMemory:
             raise
         except FluxsplitError as error:
+            failed += 1
             events.send("failed", item=path, message=error.message, hint=error.hint)
-    events.send("encode", done=total, total=total)
+    events.send("encode", done=total, total=total, failed=failed)
 
 
 def prepared(picture: Picture, width: int, height: int, factor: int) -> torch.Tensor:

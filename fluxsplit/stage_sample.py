@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -283,6 +284,7 @@ def _stamped(recipe: Recipe, files: ModelFiles, stamps: dict[str, Future[Weights
 
 def _stem(recipe: Recipe) -> str:
     """Name of the latent file without suffix: local time, seed and the start of the prompt."""
-    words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:SLUG_CHARS].strip("-")
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", recipe.prompt).lower())
+    words = words.strip("-")[:SLUG_CHARS].strip("-")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{stamp}-{recipe.seed}-{words or 'empty'}"

@@ -9,6 +9,7 @@ import torch
 from fluxsplit import checkpoint, durable
 from fluxsplit.conditioning import Conditioning, conditioning_bytes
 from fluxsplit.device import pick_device
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
 from fluxsplit.jobs import TextJob
 from fluxsplit.memory import free_ram_bytes
@@ -31,9 +32,19 @@ def run(job: TextJob, events: Events) -> None:
     for done, (prompt, output) in enumerate(zip(job.prompts, job.outputs, strict=True)):
         events.send("text", done=len(job.prompts) + done, total=total)
         conditioning = Conditioning(states[done], clip.encode(prompt).cpu())
+        _check(conditioning, job)
         durable.replace(Path(output), conditioning_bytes(conditioning, prompt))
         events.send("result", path=output)
     events.send("text", done=total, total=total)
+
+
+def _check(conditioning: Conditioning, job: TextJob) -> None:
+    """Nothing that is not finite is handed on, or kept for the next time."""
+    for tensor, path in ((conditioning.t5, job.text_encoder), (conditioning.pooled, job.clip)):
+        if not bool(tensor.isfinite().all()):
+            raise FluxsplitError(
+                f"the text encoder in {Path(path).name} gives NaN or infinity", "the file is damaged; download it again"
+            )
 
 
 def _t5_states(job: TextJob, device: torch.device, events: Events) -> list[torch.Tensor]:

@@ -407,6 +407,23 @@ def test_decode_by_vae_model_or_setting(run: Run, tmp_path: Path, monkeypatch: p
     assert (both.code, len(both.out), len(set(vaes))) == (0, 2, 2)
 
 
+def test_the_demo_model_has_a_name(run: Run, home: Path, tmp_path: Path) -> None:
+    demo = str(tmp_path / "demo" / "flux-demo.safetensors")
+    latent = run("sample", "-m", "demo", "-p", "a", "--seed", "1")
+    assert latent.job("sample")["files"]["transformer"] == demo
+    assert run("decode", latent.out[0], "--vae", "demo").job("decode")["vae"] == demo
+
+
+@pytest.mark.parametrize("words", [("sample", "-p", "a"), ("preview", "-p", "a")])
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_computed(
+    run: Run, home: Path, words: tuple[str, ...]
+) -> None:
+    (home / "taken").touch()
+    ran = run(*words, "-o", "taken")
+    assert ran.code == 1 and "is a file, not a folder" in ran.err
+    assert not [entry for entry in ran.log if entry["what"] == "job"]
+
+
 def test_decode_without_a_vae(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = run("sample", "-p", "a", "--seed", "1").out[0]
     monkeypatch.setenv("FAKE_SHA256", "ab" * 32)

@@ -22,6 +22,15 @@ from fluxsplit import durable
 from fluxsplit.errors import FluxsplitError
 
 
+def test_a_folder_is_tried_beforehand_and_nothing_is_left_there(tmp_path: Path) -> None:
+    durable.check_folder(tmp_path / "new" / "deep")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(FluxsplitError, match="cannot write"):
+            durable.check_folder(place)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -246,6 +246,7 @@ def test_the_child_gets_defaults_that_a_person_can_override(tmp_path: Path) -> N
     assert environment["HOME"] == "/h"
     assert "HSA_OVERRIDE_GFX_VERSION" not in environment
     assert "MALLOC_TRIM_THRESHOLD_" not in environment
+    assert int(environment["GOMP_SPINCOUNT"]) < 10_000, "threads that spin keep others from their cores"
     kept = {"MALLOC_TRIM_THRESHOLD_": "9"}
     assert int(child_environment({}, tmp_path, stage="sample")["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
     assert child_environment(kept, tmp_path, stage="sample")["MALLOC_TRIM_THRESHOLD_"] == "9"

@@ -9,9 +9,11 @@ from samples import SHAPE, make_payload, make_recipe
 
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.found import read_found
+from fluxsplit.found_text import as_form, facts_of
 from fluxsplit.latents import write_latent
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
 from fluxsplit.recipe import LATENT_FORMATS, WeightsStamp
+from fluxsplit.start import NoiseGrid, Start
 
 PIXELS = bytes(32 * 16 * 3)
 
@@ -27,6 +29,18 @@ def test_our_own_pictures(tmp_path: Path) -> None:
     assert (found.sigmas, found.shift) == (recipe.sigmas, 1.15)
     assert (found.width, found.height, found.picture_width, found.picture_height) == (32, 16, 32, 16)
     assert not found.notes + found.warnings
+
+
+def test_a_command_says_where_it_is_not_enough(tmp_path: Path) -> None:
+    """A rerender that kept something of another picture is no picture of one `sample` command."""
+    start = Start("composition", (NoiseGrid(7, 32, 16),), 0.8, latent_sha256="ab" * 32)
+    for name, recipe in (("plain", make_recipe()), ("kept", make_recipe(start=start))):
+        path = write_latent(tmp_path, name, make_payload(), SHAPE, recipe)
+        lines = as_form(read_found(path), "cli", name).splitlines()
+        assert lines[-1].startswith("fluxsplit sample")
+        assert len(lines) == (2 if recipe.start else 1)
+        assert ("start" in dict(facts_of(read_found(path)))) == bool(recipe.start)
+    assert lines[0].startswith("# keeps the composition of another picture") and "rerender --from" in lines[0]
 
 
 @pytest.mark.parametrize("format", LATENT_FORMATS)

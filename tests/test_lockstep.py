@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import make_recipe
 from small_flux import by_seed, image, sample, write_conditioning, write_flux
 
 from fluxsplit.jobs import ImageJob
+from fluxsplit.stage_sample import _stem
 from fluxsplit.transformer import Flux, Forward
 
 
@@ -97,3 +99,9 @@ def test_the_block_where_it_began_is_found(tmp_path: Path, number: int) -> None:
     norm.linear._linear[0].bias.fill_(float("nan"))
     names = ["double block 0", "double block 1", "single block 0", "single block 1", "single block 2"]
     assert flux.first_nonfinite(forward) == names[number]
+
+
+def test_names_keep_the_letters_of_a_prompt() -> None:
+    prompts = ("A fox, snow!", "кот на крыше", "红色", "ünï_x", "!?")
+    ends = [_stem(make_recipe(prompt=prompt)).split("-", 3)[3] for prompt in prompts]
+    assert ends == ["a-fox-snow", "кот-на-крыше", "红色", "ünï-x", "empty"]

@@ -46,6 +46,12 @@ def test_more_than_is_free_is_refused_with_the_figures() -> None:
         budget_bytes("12G", CARD)
 
 
+def test_a_forgotten_unit_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="is 8 bytes") as raised:
+        budget_bytes("8", CARD)
+    assert "8G" in raised.value.hint
+
+
 def test_auto_leaves_a_desktop_its_share() -> None:
     assert auto_bytes(CARD) == budget_bytes("auto", CARD) == budget_bytes("AUTO", CARD)
     assert CARD.free_bytes - auto_bytes(CARD) == int(CARD.total_bytes * memory.DESKTOP_SHARE)

@@ -43,6 +43,11 @@ def test_failures_are_counted_and_said_even_when_quiet() -> None:
     assert (out, err) == ("", "fluxsplit: a\\x1b[2J.pt: holds NaN; sample it again\n")
 
 
+def test_what_failed_is_not_counted_as_done() -> None:
+    _, _, err = shown([{"event": "decode", "done": 3, "total": 3, "failed": 2}])
+    assert err == "fluxsplit: latents decoded: 1 of 3\n"
+
+
 def test_quiet_says_nothing_else() -> None:
     _, _, err = shown(
         [{"event": "note", "text": "hello"}, {"event": "text", "done": 1, "total": 1}, {"event": "ready"}], quiet=True

@@ -11,9 +11,12 @@ import torch
 
 import synthetic_checkpoint
 from fluxsplit import checkpoint, fp8, text
+from fluxsplit.conditioning import Conditioning
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.jobs import TextJob
 from fluxsplit.models import demo_files
 from fluxsplit.read_ahead import ReadAhead
+from fluxsplit.stage_text import _check
 from fluxsplit.streaming import Streaming
 from fluxsplit.text import MAX_TOKENS, T5
 from fluxsplit.weights import StoredLinear, WeightFiles
@@ -107,6 +110,16 @@ def test_matrices_come_in_pieces_of_rows(t5_file: Path, monkeypatch: pytest.Monk
     assert {7 * 48, 24 % 7 * 48, 8 * 40} <= set(sizes)
     linears = [child for child in t5._model.modules() if isinstance(child, StoredLinear)]
     assert {child._scratch._bytes.numel() for child in linears} <= {7 * 48 * 4}
+
+
+def test_an_encoding_that_is_not_finite_is_not_handed_on() -> None:
+    """Nor kept: it would be found again for the same prompt."""
+    job = TextJob(("x",), ("out",), "models/t5.safetensors", "models/clip.safetensors", "", "", "cpu")
+    fine, broken = torch.ones(1, 4, 8), torch.full((1, 8), torch.nan)
+    _check(Conditioning(fine, torch.ones(1, 8)), job)
+    for t5, pooled, name in ((fine, broken, "clip"), (fine * torch.inf, torch.ones(1, 8), "t5")):
+        with pytest.raises(FluxsplitError, match=f"the text encoder in {name}.safetensors gives NaN"):
+            _check(Conditioning(t5, pooled), job)
 
 
 def test_a_prompt_of_too_many_tokens_is_refused(t5_file: Path) -> None:
