@@ -89,7 +89,8 @@ def check_choice(flag: str, value: str, known: Iterable[str]) -> str:
     """`value` if it is one of the known words; raises UsageError with the nearest."""
     words = list(known)
     if value not in words:
-        raise UsageError(f"--{flag} {value!r} is not one of {', '.join(words)}", nearest(value, words))
+        hint = nearest(value, words)
+        raise UsageError(f"--{flag} {value!r} is not one of {', '.join(words)}", hint if "mean" in hint else "")
     return value
 
 

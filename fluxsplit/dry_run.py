@@ -115,7 +115,7 @@ def print_plan(plan: Plan) -> None:
     files = Table("part", "file", "bytes", "holds", title=f"FLUX.1 {shown['variant']}, {shown['layout']}")
     for kind, entry in shown["files"].items():
         holds = ", ".join(f"{count:,} {dtype}" for dtype, count in entry["dtypes"].items())
-        files.add_row(_TITLES[kind], Text(entry["path"]), bytes_text(entry["bytes"]), holds)
+        files.add_row(_TITLES[kind], Text(entry["path"], overflow="fold"), bytes_text(entry["bytes"]), holds)
     count = "1 image" if len(plan.images) == 1 else f"{len(plan.images)} images"
     images = Table("seed", "size", "steps", "sampler", "guidance", "prompt", title=count)
     for image in shown["images"]:

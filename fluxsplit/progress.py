@@ -240,7 +240,7 @@ def _upscale(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
     image, images = int(event["image"]), int(event["images"])
     done, total = int(event["done"]), int(event["total"])
     title = f"picture {image + 1} of {images} enlarged" if images > 1 else "picture enlarged"
-    detail = f"tile {done} of {total}" if total > 1 else "whole"
+    detail = f"tile {done} of {total}" if total > 1 else "in one piece"
     return Task(key, title, done, total, f"{detail}{_left(done, total, elapsed_s)}")
 
 

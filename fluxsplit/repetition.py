@@ -127,7 +127,7 @@ def new_size(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[
         return width, height
     scale = given["scale"]
     if not (math.isfinite(scale) and 0 < scale <= MAX_SCALE):
-        raise UsageError(f"--scale {scale:g} is outside 0..{MAX_SCALE:g}")
+        raise UsageError(f"--scale {scale:g} is not above 0 and up to {MAX_SCALE:g}")
     size = tuple(max(2, round(side * scale / VAE_FACTOR)) * VAE_FACTOR for side in (width, height))
     check_size(size[0], size[1])
     if size != (width * scale, height * scale):

@@ -31,8 +31,8 @@ def find_taef1(wanted: str, comfyui: Path | None) -> str:
             if file.stem.lower() in names:
                 return absolute(file)
     if wanted != "auto":
-        looked = ", ".join(map(str, folders)) or "no ComfyUI folder"
-        raise ModelFileMissing(f"--decoder {wanted}: no such file, and none in {looked}", "use auto, linear, or a file")
+        looked = f", and none in {', '.join(map(str, folders))}" if folders else ""
+        raise ModelFileMissing(f"--decoder {wanted}: there is no such file{looked}", "use auto, linear, or a file")
     hub = places.hugging_face_hub(os.environ)
     cached = sorted(hub.glob("models--madebyollin--taef1/snapshots/*/diffusion_pytorch_model.safetensors"))
     return absolute(cached[0]) if cached else ""

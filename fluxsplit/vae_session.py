@@ -77,8 +77,8 @@ class VaeSession:
         if info.kind != "cpu":
             keep_within(budget, self.device)
         if plan.home != "device":
-            size = f"{passes[0].width}x{passes[0].height}"
-            self._events.send("note", text=f"VAE of {size}: {plan.text()}")
+            width, height = (max(getattr(passes[0], s), getattr(passes[-1], f"out_{s}")) for s in ("width", "height"))
+            self._events.send("note", text=f"VAE for {width}x{height} pixels: {plan.text()}")
         return plan
 
     def _in_some_dtype(self, attempt: Callable[[str], T]) -> tuple[T, str]:
