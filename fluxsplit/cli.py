@@ -60,7 +60,7 @@ def _add(command: Command) -> None:
     """Make a command of typer's from its row: one function for all, under a signature of the row's options."""
 
     def body(context: typer.Context, **_: Any) -> None:
-        raise typer.Exit(_run(command.name, _given(context)))
+        raise typer.Exit(_run(command.name, _given(context), debug=bool(context.params.get("debug"))))
 
     kinds: dict[str, Any] = {"context": typer.Context, **command.options, "debug": Debug}
     defaults = {"context": Parameter.empty, command.required: Parameter.empty, "debug": False}
@@ -144,7 +144,7 @@ def run(
     """Run a workflow file: the settings of one command, named as their flags."""
     from fluxsplit.settings import read_workflow  # noqa: PLC0415
 
-    raise typer.Exit(_run(*read_workflow(Path(file).expanduser())))
+    raise typer.Exit(_run(*read_workflow(Path(file).expanduser()), debug=debug))
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -175,14 +175,14 @@ def _runner(command: str) -> Callable[[dict[str, Any], dict[str, Any], Progress]
     return runner
 
 
-def _run(command: str, given: dict[str, Any]) -> int:
+def _run(command: str, given: dict[str, Any], *, debug: bool) -> int:
     """Do a command, with progress on stderr and results on stdout; returns the exit code."""
     from fluxsplit.progress import Progress  # noqa: PLC0415
     from fluxsplit.settings import defaults  # noqa: PLC0415
 
     settings = defaults(command, os.environ)
     quiet = bool(given.get("quiet", settings.get("quiet", False)))
-    with Progress(json_lines=bool(given.get("json")), quiet=quiet) as progress:
+    with Progress(json_lines=bool(given.get("json")), quiet=quiet, debug=debug) as progress:
         return _runner(command)(given, settings, progress)
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from typing import Any, TextIO
 
 PARENT_POLL_S = 0.5
@@ -30,7 +31,12 @@ class Events:
         return Events(stream)
 
     def send(self, event: str, **fields: Any) -> None:
-        """Write one event; results and failures are counted for the closing `done`."""
+        """Write one event; results and failures are counted for the closing `done`.
+
+        What failed by an error that is being handled is told with its traceback.
+        """
+        if event == "failed" and sys.exc_info()[0] is not None:
+            fields["traceback"] = traceback.format_exc()
         self.results += event == "result"
         self.failures += event == "failed"
         with self._lock:

@@ -90,7 +90,7 @@ def _latent(path: Path, size_bytes: int) -> Report:
         *_foreign_facts(first.foreign),
     ]
     if first.recipe is None:
-        facts += facts_of(read_found(path)) or [("recipe", "none; written by another program")]
+        facts += facts_of(read_found(path)) or [("recipe", "none: an encoded picture, or another program's")]
     details = {
         "format": first.format,
         "batch": first.batch,
@@ -128,7 +128,7 @@ def _picture(path: Path, size_bytes: int) -> Report:
         for stamp in record.upscaler
     ]
     if record.recipe is None:
-        facts.append(("recipe", "none; the latent was another program's"))
+        facts.append(("recipe", "none: the latent was an encoded picture's, or another program's"))
     details |= {"latent_sha256": record.latent_sha256, "vae": asdict(record.vae), "versions": record.versions}
     details |= {"upscaler": [asdict(stamp) for stamp in record.upscaler]}
     return Report(str(path), "picture", size_bytes, tuple(facts), record.recipe, details)

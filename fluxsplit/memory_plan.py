@@ -192,10 +192,10 @@ def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int,
     count = len(work.sizes)
     least = _plan(model, work, device, 0, dtype, 1, tuple(range(len(model.blocks))), 1)
     if least.peak_bytes > budget_bytes:
-        need, given = f"{_ceil_mb(least.peak_bytes)}M", f"{budget_bytes / 1e9:.2f} GB"
+        need, given = f"{_ceil_mb(least.peak_bytes)}M", f"{budget_bytes / 1e6:,.0f} MB"
         largest = max(work.sizes, key=lambda size: size[0] * size[1])
         raise UsageError(
-            f"{largest[0]}x{largest[1]} needs at least {least.peak_bytes / 1e9:.2f} GB, the budget is {given}",
+            f"{largest[0]}x{largest[1]} needs at least {least.peak_bytes / 1e6:,.0f} MB, the budget is {given}",
             f"give --vram {need} or more, or a smaller --size",
         )
     for streamed, slots in _choices(model, device, budget_bytes, least):

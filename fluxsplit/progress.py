@@ -52,9 +52,16 @@ class Progress:
     """Shows the events of the stages; counts what was made and what failed."""
 
     def __init__(
-        self, json_lines: bool = False, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+        self,
+        json_lines: bool = False,
+        quiet: bool = False,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        debug: bool = False,
     ) -> None:
+        """With `debug` what failed is followed by where."""
         self._json_lines = json_lines
+        self._debug = debug
         self._quiet = quiet
         self._out = out or sys.stdout
         self._err = err or sys.stderr
@@ -70,6 +77,8 @@ class Progress:
             self._result(event)
         elif kind == "failed":
             self.failed(str(event.get("item", "")), str(event.get("message", "")), str(event.get("hint", "")))
+            for line in str(event.get("traceback", "")).splitlines() if self._debug else ():
+                self._line(line)
         elif kind == "note":
             self.note(str(event.get("text", "")))
         elif kind in _TASKS and not self._quiet:

@@ -8,11 +8,12 @@ import torch
 
 from fluxsplit import checkpoint, durable
 from fluxsplit.conditioning import Conditioning, conditioning_bytes
-from fluxsplit.device import pick_device
+from fluxsplit.device import device_info, pick_device
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
 from fluxsplit.jobs import TextJob
 from fluxsplit.memory import free_ram_bytes
+from fluxsplit.memory_plan import readers_of
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.text import T5, Clip
@@ -68,7 +69,7 @@ def _loader(t5: T5, files: WeightFiles, device: torch.device) -> Streaming | Rea
     would push out what others have there: then they are given back.
     """
     if device.type != "cpu":
-        return Streaming(t5.blocks, files, device, once=True)
+        return Streaming(t5.blocks, files, device, once=True, readers=readers_of(device_info(device)))
     block_bytes = sum(layout(block).bytes for block in t5.blocks)
     fleeting = range(len(t5.blocks) if block_bytes > CACHE_SHARE * free_ram_bytes() else 0)
     return ReadAhead(t5.blocks, files, frozenset(fleeting), lambda count: None, once=True)

@@ -43,6 +43,12 @@ def test_failures_are_counted_and_said_even_when_quiet() -> None:
     assert (out, err) == ("", "fluxsplit: a\\x1b[2J.pt: holds NaN; sample it again\n")
 
 
+def test_where_it_failed_is_told_who_asks() -> None:
+    event = {"event": "failed", "item": "a.pt", "message": "broken", "traceback": "Traceback:\n  line 7"}
+    assert shown([event])[2] == "fluxsplit: a.pt: broken\n"
+    assert shown([event], debug=True)[2] == "fluxsplit: a.pt: broken\nTraceback:\n  line 7\n"
+
+
 def test_what_failed_is_not_counted_as_done() -> None:
     _, _, err = shown([{"event": "decode", "done": 3, "total": 3, "failed": 2}])
     assert err == "fluxsplit: latents decoded: 1 of 3\n"
