@@ -216,8 +216,8 @@ def test_random_models_and_budgets_never_exceed_the_budget() -> None:
         try:
             got = plan(budget, Work(sizes, 256), device, generator.choice(["fp32", "bf16", "fp16"]), model)
         except UsageError as error:
-                least = error.message.split("at least ")[1].split(" MB")[0].replace(",", "")
-                assert float(least) / 1000 >= budget - 0.01
+            least = error.message.split("at least ")[1].split(" MB")[0].replace(",", "")
+            assert float(least) / 1000 >= budget - 0.01
             continue
         assert got.peak_bytes <= budget * GB
         assert sorted((*got.resident, *got.streamed)) == list(range(len(model.blocks)))
