@@ -9,6 +9,7 @@ from dataclasses import asdict
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.found_recipe import FoundRecipe
 from fluxsplit.metadata import SAMPLER_NAMES, SCHEDULE_NAMES, parameters_text, quoted
+from fluxsplit.recipe import Recipe
 
 FORMS = ("a1111", "cli", "json")
 
@@ -30,7 +31,7 @@ def facts_of(found: FoundRecipe) -> list[tuple[str, str]]:
         "denoise": None if found.denoise == 1 else found.denoise,
         "model": found.model,
         "model hash": found.model_hash,
-        "start": _started_from(found) or None,
+        "start": started_from(found.recipe) or None,
         "noise": {"cpu": "drawn on the CPU", "gpu": "drawn on a GPU"}.get(found.noise_source or ""),
     }
     facts = [
@@ -102,13 +103,13 @@ def as_command(found: FoundRecipe) -> str:
         if value is not None:
             words += [name, repr(value) if isinstance(value, float) else str(value)]
     command = shlex.join(words)
-    started = _started_from(found)
+    started = started_from(found.recipe)
     return f"# {started}: only `fluxsplit rerender --from` it makes the same picture\n{command}" if started else command
 
 
-def _started_from(found: FoundRecipe) -> str:
+def started_from(recipe: Recipe | None) -> str:
     """What a picture that was not drawn from noise alone began with; empty for others."""
-    start = None if found.recipe is None else found.recipe.start
+    start = None if recipe is None else recipe.start
     if start is None:
         return ""
     latent = f", whose latent is {start.latent_sha256[:12]}..., with strength {start.strength:g}"

@@ -11,7 +11,7 @@ from typing import Any
 from fluxsplit import checkpoint
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.found import found_in, read_found
-from fluxsplit.found_text import as_form, facts_of
+from fluxsplit.found_text import as_form, facts_of, started_from
 from fluxsplit.latents import COMFY_TENSOR, read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
 from fluxsplit.picture_text import PictureText, first_bytes, picture_kind, read_picture_text
@@ -181,6 +181,7 @@ def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         "shift": None if recipe.shift is None else f"{recipe.shift:g}",
         "guidance": None if recipe.guidance is None else f"{recipe.guidance:g}",
         "cfg": None if recipe.cfg == 1 else f"{recipe.cfg:g}",
+        "start": started_from(recipe) or None,
         "model": f"FLUX.1 {recipe.variant}, {recipe.dtype}, {recipe.device}",
         "transformer": _stamp(recipe.transformer),
         "T5": _stamp(recipe.text_encoder),
