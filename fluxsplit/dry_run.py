@@ -46,7 +46,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
                 "guidance": image.guidance if image.guidance is not None else guidance_of(variant),
                 "cfg": image.cfg,
                 "noise_index": image.noise_index,
-                "name": f"<time>-{image.seed}-<prompt>.{plan.format}",
+                "name": f"{image.stem or f'<time>-{image.seed}-<prompt>'}.{plan.format}",
             }
         )
     return {
@@ -130,7 +130,10 @@ def print_plan(plan: Plan) -> None:
     for row in memory_rows(memory, model):
         placed.add_row(*row)
     console.print(placed)
-    console.print(Text(f"into {shown['out']} as {shown['images'][0]['name']}"), soft_wrap=True)
+    names = [image["name"] for image in shown["images"]]
+    which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    pictures = f", pictures into {Path(plan.out).parent}" if plan.images[0].stem else ""
+    console.print(Text(f"latents into {plan.out} as {which}{pictures}"), soft_wrap=True)
 
 
 def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:

@@ -51,6 +51,8 @@ def test_settings_and_a_dry_run(run: Run, home: Path) -> None:
     images = json.loads(ran.out[0])["images"]
     assert [(image["width"], image["height"], image["steps"]) for image in images] == [(256, 128, 3)] * 2
     assert not [entry for entry in ran.log if entry["what"] == "job"] and not (home / "previews").exists()
+    told = run("preview", "-p", "a", "-n", "2", "-o", "new", "--dry-run").out[-1]
+    assert told.endswith(f"as 0001.pt to 0002.pt, pictures into {home / 'new'}")
 
 
 def test_one_that_fails_does_not_stop_the_rest(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
