@@ -29,7 +29,7 @@ def run(job: DecodeJob, events: Events) -> None:
         stamp = hashing.submit(_stamp, job.vae)
         session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
         parents = dict(zip(job.latents, job.parents, strict=False))
-        total, failed = len(job.latents), 0
+        total, failed, beside = len(job.latents), 0, 0
         following = reading.submit(read_latents, job.latents[0]) if total else None
         for number, path in enumerate(job.latents):
             assert following is not None
@@ -39,7 +39,8 @@ def run(job: DecodeJob, events: Events) -> None:
             events.send("decode", done=number, total=total)
             try:
                 for latent in current.result():
-                    _decode(session, latent, job, stamp, events, parents.get(path), teller(events, number, total))
+                    told = teller(events, number, total)
+                    beside += not _decode(session, latent, job, stamp, events, parents.get(path), told)
                 if job.delete_latents:
                     _delete(path, events)
             except OutOfMemory:
@@ -47,6 +48,10 @@ def run(job: DecodeJob, events: Events) -> None:
             except FluxsplitError as error:
                 failed += 1
                 events.send("failed", item=path, message=error.message, hint=error.hint)
+        if beside:
+            events.send(
+                "note", text=f"{beside} written beside pictures that were there (-2.png); --overwrite replaces them"
+            )
         events.send("decode", done=total, total=total, failed=failed)
 
 
@@ -69,7 +74,8 @@ def _decode(
     events: Events,
     parent: tuple[str, str] | None,
     advance: Advance,
-) -> None:
+) -> bool:
+    """Whether the picture has the latent's name, and not one beside another that had it already."""
     tensor = torch.frombuffer(bytearray(latent.payload), dtype=torch.float32).view(latent.shape)
     pixels, dtype = session.decode(tensor, advance, job.tile)  # [H, W, 3]
     height, width = pixels.shape[:2]
@@ -90,3 +96,4 @@ def _decode(
     else:
         path = durable.write_free(job.out, stem, ".png", png)
     events.send("result", path=str(path), recipe=latent.recipe.to_object() if latent.recipe else None)
+    return path.stem == stem

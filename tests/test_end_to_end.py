@@ -56,6 +56,14 @@ def test_sample_writes_a_latent_for_each_seed(sampled: tuple[Path, list[Path], s
     assert "demo model" in stderr
 
 
+def test_what_is_decoded_again_is_told(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:
+    words = ("decode", str(sampled[1][0]), "-o", str(tmp_path))
+    assert "beside" not in fluxsplit(*words, cwd=tmp_path).stderr
+    assert "1 written beside pictures that were there" in fluxsplit(*words, cwd=tmp_path).stderr
+    assert "beside" not in fluxsplit(*words, "--overwrite", cwd=tmp_path).stderr
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_decode_carries_the_recipe_into_the_picture(sampled: tuple[Path, list[Path], str]) -> None:
     folder, paths, _ = sampled
     done = fluxsplit("decode", *paths, "--json", cwd=folder)
