@@ -24,11 +24,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fluxsplit.decode_plan import Pass, VaePlan, attention_tokens, strip_rows
+from fluxsplit.decode_plan import VaePlan, attention_tokens, strip_rows
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory import free_ram_bytes
 from fluxsplit.memory_plan import PINNED_SHARE
 from fluxsplit.planes import Home, Plane, give_back_freed
+from fluxsplit.vae_passes import Pass
 
 TRIM_STRIPS = 8
 """glibc leaves a hole for every strip, just too small for the next: 0.2 GB by the end of a pass of 4096 rows."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from fluxsplit import checkpoint
-from fluxsplit.decode_plan import Pass, VaePlan, plan_vae
+from fluxsplit.decode_plan import VaePlan, plan_vae
 from fluxsplit.device import device_info, keep_within, pick_device, pick_vae_dtype_name
 from fluxsplit.errors import FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
@@ -19,6 +19,7 @@ from fluxsplit.planes import spill_folder
 from fluxsplit.strips import NotFinite
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Advance, load_vae
+from fluxsplit.vae_passes import Pass
 from fluxsplit.weights import WeightFiles
 
 NEWS_EVERY_S = 0.3

@@ -9,19 +9,17 @@ import pytest
 from fluxsplit.decode_plan import (
     DTYPE_BYTES,
     HOMES,
-    VaeShape,
     attention_tokens,
     block_size,
     blocks_held,
     device_peak,
-    passes_of_decoder,
-    passes_of_encoder,
     plan_vae,
     planes_peak,
     strip_rows,
 )
 from fluxsplit.errors import OutOfMemory
 from fluxsplit.memory import DeviceInfo
+from fluxsplit.vae_passes import VaeShape, passes_of_decoder, passes_of_encoder
 
 FLUX = VaeShape()
 GB = 10**9

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import synthetic_checkpoint
 from fluxsplit import checkpoint
-from fluxsplit.decode_plan import VaePlan, VaeShape, block_size, blocks_held
+from fluxsplit.decode_plan import VaePlan, block_size, blocks_held
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.models import demo_files
 from fluxsplit.pinned import pin
@@ -25,6 +25,7 @@ from fluxsplit.planes import MADE_TOGETHER, Home, Plane
 from fluxsplit.strips import EPSILON, Moments, NotFinite, convolve, phase_kernels
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Vae, levels, load_vae
+from fluxsplit.vae_passes import VaeShape
 from fluxsplit.weights import WeightFiles
 
 CPU = torch.device("cpu")
