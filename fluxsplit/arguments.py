@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.recipe import MAX_SEED, MAX_TEXT_CHARS, check_sigmas, check_size
-from fluxsplit.settings import nearest
+from fluxsplit.settings import similar
 
 MAX_IMAGES = 10_000
 MAX_INPUT_CHARS = 100_000_000
@@ -89,8 +89,7 @@ def check_choice(flag: str, value: str, known: Iterable[str]) -> str:
     """`value` if it is one of the known words; raises UsageError with the nearest."""
     words = list(known)
     if value not in words:
-        hint = nearest(value, words)
-        raise UsageError(f"--{flag} {value!r} is not one of {', '.join(words)}", hint if "mean" in hint else "")
+        raise UsageError(f"--{flag} {value!r} is not one of {', '.join(words)}", similar(value, words))
     return value
 
 

@@ -23,6 +23,8 @@ DESKTOP_SHARE = 0.04
 """The same as a share of all there is; the larger counts."""
 CPU_AUTO_SHARE = 0.75
 """Of the RAM that is free now, by `auto` on a CPU."""
+PINNED_SHARE = 0.25
+"""Of the RAM that is free now, at most, for what a card fetches by itself: it cannot be given to others meanwhile."""
 LEAST_BYTES = 1_000_000
 """Who asks for less has forgotten the unit."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from fluxsplit.checkpoint import Part, Source
 from fluxsplit.errors import UsageError
-from fluxsplit.memory import DeviceInfo
+from fluxsplit.memory import PINNED_SHARE, DeviceInfo
 from fluxsplit.work import PREPARED_TOGETHER, Work, tokens_of
 
 MAX_TOGETHER = 16
@@ -39,8 +39,6 @@ CARD_BASE_BYTES = 200_000_000
 """Of the allocator on a card: libraries' workspaces and rounding; measured on an H200."""
 MODULATION = ("norm.linear", "norm1.linear", "norm1_context.linear")
 """The matrices of diffusers' blocks, single and double, that are needed before the first step only (`modulation`)."""
-PINNED_SHARE = 0.25
-"""Of free RAM, at most."""
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SCORE_VALUE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}
@@ -274,27 +272,15 @@ def _plan(
     streamed: tuple[int, ...],
     slots: int,
 ) -> MemoryPlan:
-    size, on_cpu = DTYPE_BYTES[dtype], device.kind == "cpu"
+    on_cpu = device.kind == "cpu"
     resident = tuple(n for n in range(len(model.blocks)) if n not in set(streamed))
     resident_bytes = sum(model.blocks[n].bytes for n in resident)
     slot_bytes = 0 if on_cpu else max((model.blocks[n].bytes for n in streamed), default=0)
     slots = 0 if on_cpu or not streamed else slots
     tokens = sorted((tokens_of(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
-    chunk = _query_chunk(model, tokens[0], dtype, device)
-    base = CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes
-    base += model.small_elements * size
-    scratch = int(model.largest_elements * size * (PACKED[size] if on_cpu else 1))
-    activation = _activation_bytes(model, tokens[0], dtype, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION)
-    state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
-    # of every step on a CPU, where RAM is what is planned; of the step that is computed on a card
-    kept = work.times * min(work.texts, max(together, PREPARED_TOGETHER))
-    state += (kept if on_cpu else work.forwards * together) * model.modulation_outputs * size
-    # before the first step two blocks' modulation matrices are there instead of activations
-    held = base + scratch + max(activation + state, 0 if on_cpu else 2 * model.modulation_block_bytes)
-    peak = held if on_cpu else held + resident_bytes + slots * slot_bytes
-    if not device.growing_segments and not on_cpu:
-        lost = int(peak * FRAGMENTED)
-        base, peak = base + lost, peak + lost
+    held = _held(model, work, device, dtype, together, tokens)
+    peak = held.bytes if on_cpu else held.bytes + resident_bytes + slots * slot_bytes
+    lost = 0 if on_cpu or device.growing_segments else int(peak * FRAGMENTED)
     readers = 0 if on_cpu else readers_of(device)
     pinned = readers * (PIECE_BYTES + ONCE_PIECE_BYTES)
     fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, pinned)
@@ -317,16 +303,52 @@ def _plan(
         slot_bytes=slot_bytes,
         pinned_bytes=pinned,
         pinnable_bytes=pinnable,
-        base_bytes=base,
-        scratch_bytes=scratch,
-        activation_bytes=activation,
-        state_bytes=state,
-        query_chunk=chunk,
+        base_bytes=held.base_bytes + lost,
+        scratch_bytes=held.scratch_bytes,
+        activation_bytes=held.activation_bytes,
+        state_bytes=held.state_bytes,
+        query_chunk=held.query_chunk,
         together=together,
-        peak_bytes=peak,
-        smallest_bytes=peak,
+        peak_bytes=peak + lost,
+        smallest_bytes=peak + lost,
         step_s=step_s,
         limit=limit,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a run holds besides blocks; the fields are those of `MemoryPlan`."""
+
+    base_bytes: int
+    scratch_bytes: int
+    activation_bytes: int
+    state_bytes: int
+    query_chunk: int | None
+    before_bytes: int
+    """Two blocks' modulation matrices, which are on a card before the first step, instead of activations."""
+
+    @property
+    def bytes(self) -> int:
+        """At the worst moment."""
+        return self.base_bytes + self.scratch_bytes + max(self.activation_bytes + self.state_bytes, self.before_bytes)
+
+
+def _held(model: Model, work: Work, device: DeviceInfo, dtype: str, together: int, tokens: Sequence[int]) -> _Held:
+    """`tokens` of each picture, the largest first."""
+    size, on_cpu = DTYPE_BYTES[dtype], device.kind == "cpu"
+    chunk = _query_chunk(model, tokens[0], dtype, device)
+    state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
+    # of every step on a CPU, where RAM is what is planned; of the step that is computed on a card
+    kept = work.times * min(work.texts, max(together, PREPARED_TOGETHER))
+    state += (kept if on_cpu else work.forwards * together) * model.modulation_outputs * size
+    return _Held(
+        base_bytes=(CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes) + model.small_elements * size,
+        scratch_bytes=int(model.largest_elements * size * (PACKED[size] if on_cpu else 1)),
+        activation_bytes=_activation_bytes(model, tokens[0], dtype, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION),
+        state_bytes=state,
+        query_chunk=chunk,
+        before_bytes=0 if on_cpu else 2 * model.modulation_block_bytes,
     )
 
 

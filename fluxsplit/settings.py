@@ -254,8 +254,13 @@ def user_config(environment: Mapping[str, str]) -> Path:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known word nearest to `name`, or all of them where none is near."""
     words = list(known)
-    near = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(words)}"
+    return similar(name, words) or f"known are {', '.join(words)}"
+
+
+def similar(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word nearest to `name`; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _of_command(command: str, tables: dict[str, Values]) -> Values:

@@ -26,8 +26,7 @@ import torch.nn.functional as F
 
 from fluxsplit.decode_plan import VaePlan, attention_tokens, strip_rows
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.memory import free_ram_bytes
-from fluxsplit.memory_plan import PINNED_SHARE
+from fluxsplit.memory import PINNED_SHARE, free_ram_bytes
 from fluxsplit.planes import Home, Plane, give_back_freed
 from fluxsplit.vae_passes import Pass
 

@@ -78,7 +78,8 @@ class VaeSession:
         if info.kind != "cpu":
             keep_within(budget, self.device)
         if plan.home != "device":
-            width, height = (max(getattr(passes[0], s), getattr(passes[-1], f"out_{s}")) for s in ("width", "height"))
+            width = max(passes[0].width, passes[-1].out_width)  # of the picture, be it the first plane or the last
+            height = max(passes[0].height, passes[-1].out_height)
             self._events.send("note", text=f"VAE for {width}x{height} pixels: {plan.text()}")
         return plan
 
