@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 
-from fluxsplit.errors import OutOfMemory
+from fluxsplit.errors import DoesNotFit
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.vae_passes import Pass
 
@@ -45,9 +45,6 @@ CARD_FP32_WORKSPACE = 1.9
 FRAGMENTED_WORK = 1.7
 """What torch's allocator reserves for a strip's work where its segments cannot grow, over what is planned: 0.62 GB for
 0.37, measured on an H200 at 1152x944 in fp32."""
-NO_SMALLER_PLAN_HINT = "give --vram more"
-"""How the hint begins of the error that no other plan would help."""
-_ELSEWHERE = {True: "", False: ", or use --device cpu"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,17 +207,15 @@ def plan_vae(
 
     Planes stay on the device where they fit. Of a card's as much as fits does, and the rest goes to RAM, else to a
     file; on a CPU, where device and RAM are one, all of it to a file. `smaller` asks for the n-th next smaller plan,
-    after one ran out of memory. Raises OutOfMemory where not even the smallest strips fit.
+    after one ran out of memory; the same one again where there is no smaller. Raises DoesNotFit where not even the
+    smallest strips fit.
     """
     if smaller:
         larger = plan_vae(passes, dtype, budget_bytes, device, smaller=smaller - 1)
         try:
             return plan_vae(passes, dtype, larger.device_bytes * 3 // 4, device)
-        except OutOfMemory:
-            raise OutOfMemory(
-                f"the VAE ran out of memory as planned ({larger.text()}), and there is no smaller plan",
-                "close other programs" + _ELSEWHERE[device.kind == "cpu"],
-            ) from None
+        except DoesNotFit:
+            return larger
     choices = [("device", MIN_STRIP_BYTES), ("disk", MIN_STRIP_BYTES)]
     if device.kind != "cpu":
         choices = [("device", LOW_STRIP_BYTES), ("ram", MIN_STRIP_BYTES), *choices]
@@ -229,10 +224,10 @@ def plan_vae(
         if plan.device_bytes <= budget_bytes and (home != "ram" or _fits_ram(plan, device)):
             return plan
     size = f"{passes[-1].out_width}x{passes[-1].out_height}"
-    raise OutOfMemory(
+    raise DoesNotFit(
         f"the VAE needs {plan.device_bytes / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
         f"and {budget_bytes / 1e6:.0f} MB may be used",
-        NO_SMALLER_PLAN_HINT + _ELSEWHERE[device.kind == "cpu"],
+        "give --vram more" if device.kind == "cpu" else "give --vram more, or use --device cpu",
     )
 
 

@@ -47,6 +47,10 @@ class OutOfMemory(FluxsplitError):
     exit_code = 4
 
 
+class DoesNotFit(OutOfMemory):
+    """No plan of one item fits its budget; nothing was computed, and others may fit."""
+
+
 _MEMORY_WORDS = (
     "out of memory",
     "can't allocate memory",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from fluxsplit.decode_plan import NO_SMALLER_PLAN_HINT
 from fluxsplit.errors import OutOfMemory
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import DecodeJob, EncodeJob, Job, SampleJob
@@ -58,7 +57,7 @@ def vae_events_with_retry(
             yield event
         return
     except OutOfMemory as error:
-        if job.smaller or error.hint.startswith(NO_SMALLER_PLAN_HINT):
+        if job.smaller:
             raise
         process.close()
         note(f"{error.line()}; trying once more with a smaller plan")

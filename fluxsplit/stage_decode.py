@@ -10,7 +10,7 @@ import torch
 
 from fluxsplit import durable, metadata
 from fluxsplit.device import device_name
-from fluxsplit.errors import FluxsplitError, OutOfMemory
+from fluxsplit.errors import DoesNotFit, FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import DecodeJob
@@ -43,9 +43,9 @@ def run(job: DecodeJob, events: Events) -> None:
                     beside += not _decode(session, latent, job, stamp, events, parents.get(path), told)
                 if job.delete_latents:
                     _delete(path, events)
-            except OutOfMemory:
-                raise
             except FluxsplitError as error:
+                if isinstance(error, OutOfMemory) and not isinstance(error, DoesNotFit):
+                    raise
                 failed += 1
                 events.send("failed", item=path, message=error.message, hint=error.hint)
         if beside:

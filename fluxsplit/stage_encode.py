@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fluxsplit import latents, picture_file
-from fluxsplit.errors import FluxsplitError, OutOfMemory
+from fluxsplit.errors import DoesNotFit, FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
 from fluxsplit.jobs import EncodeJob
 from fluxsplit.picture_file import Picture
@@ -29,9 +29,9 @@ def run(job: EncodeJob, events: Events) -> None:
             shape = (1, channels, height, width)
             written = latents.write_latent(job.out, Path(path).stem, payload, shape, None, format=job.format)
             events.send("result", path=str(written), recipe=None)
-        except OutOfMemory:
-            raise
         except FluxsplitError as error:
+            if isinstance(error, OutOfMemory) and not isinstance(error, DoesNotFit):
+                raise
             failed += 1
             events.send("failed", item=path, message=error.message, hint=error.hint)
     events.send("encode", done=total, total=total, failed=failed)

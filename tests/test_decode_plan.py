@@ -108,11 +108,11 @@ def test_what_fits_of_the_planes_stays_on_the_card() -> None:
     assert short.home == "disk" and short.kept_blocks == plans[1].kept_blocks
 
 
-def test_after_the_smallest_plan_there_is_no_smaller_one() -> None:
+def test_after_the_smallest_plan_comes_the_smallest_plan() -> None:
+    """It is tried again: what took the memory may be gone, and the pictures after it may fit."""
     passes = passes_of_decoder(FLUX, 128, 128)
-    assert plan_vae(passes, "fp32", GB // 10, CPU).device_bytes < GB // 10
-    with pytest.raises(OutOfMemory, match=r"ran out of memory as planned \(fp32.*no smaller plan"):
-        plan_vae(passes, "fp32", GB // 10, CPU, smaller=4)
+    plans = [plan_vae(passes, "fp32", GB // 10, CPU, smaller=n) for n in range(5)]
+    assert plans[0].device_bytes < GB // 10 and plans[4] == plans[3]
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)

@@ -56,6 +56,17 @@ def test_sample_writes_a_latent_for_each_seed(sampled: tuple[Path, list[Path], s
     assert "demo model" in stderr
 
 
+def test_a_latent_too_large_for_the_budget_does_not_stop_the_others(
+    sampled: tuple[Path, list[Path], str], tmp_path: Path
+) -> None:
+    large = write_latent(tmp_path, "a-large", bytes(4 * 16 * 256 * 256), (1, 16, 256, 256), None)
+    words = ["decode", str(large), str(sampled[1][0]), "--vae", "demo", "--vram", "22M", "-o", str(tmp_path / "out")]
+    done = fluxsplit(*words, cwd=tmp_path)
+    assert done.returncode == 1 and "for 2048x2048 in fp32 even in the smallest strips" in done.stderr
+    assert [Path(line).stem for line in done.stdout.splitlines()] == [sampled[1][0].stem]
+    assert "trying once more" not in done.stderr
+
+
 def test_what_is_decoded_again_is_told(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:
     words = ("decode", str(sampled[1][0]), "-o", str(tmp_path))
     assert "beside" not in fluxsplit(*words, cwd=tmp_path).stderr
