@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fluxsplit.arguments import check_choice, named
+from fluxsplit.arguments import check_choice, files_in, gather_files
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.export import TARGETS, export_picture
+from fluxsplit.picture_file import SUFFIXES
 
 
 def run_export(files: list[str], target: str, out: str, ai_mark: bool) -> int:
     """Write the copies, printing their paths; returns the exit code. One that fails does not stop the rest."""
     check_choice("for", target, TARGETS)
-    failures, sources = 0, [path for file in files for path in named(file)]
+    failures = 0
+    sources = gather_files(files, lambda folder: files_in(folder, SUFFIXES, "picture"), "picture to export")
     for source in sources:
         try:
             for path in export_picture(source, target, Path(out).expanduser(), ai_mark):

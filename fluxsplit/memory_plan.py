@@ -31,7 +31,9 @@ PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
 """Pinned RAM of each thread that reads, for a card's blocks and before the steps; powers of two, as torch makes it."""
 MAX_READERS, OTHERS = 6, 2
 """Threads that read for a card, at most, and cores that are left to who computes and to the system."""
-CPU_BASE_BYTES = 415_000_000
+CPU_PIECE_BYTES = 6 << 20
+"""Of a matrix a CPU expands at once, so that it is in the cache still when it is multiplied with."""
+CPU_BASE_BYTES = 435_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}
 """Memory of the matrix that a CPU multiplies with, in matrices: products pack a part of it anew; fitted."""
@@ -54,7 +56,7 @@ BLOCKS_AHEAD = 2
 """That a CPU has read before it comes to them."""
 ELEMENTWISE, CARD_ELEMENTWISE = 8.0, 4.0
 """Times through what `rates` measures, for each token and channel of a block; fitted, a card's to an H200."""
-_ACTIVATION, _CARD_ACTIVATION = {4: 92.0, 2: 44.0}, {4: 58.0, 2: 29.0}
+_ACTIVATION, _CARD_ACTIVATION = {4: 94.0, 2: 54.0}, {4: 58.0, 2: 29.0}
 """Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size. A card's
 allocator finds a place for what a CPU's leaves as holes; 16 bits measured on an H200, fp32 taken as twice that."""
 
@@ -344,12 +346,17 @@ def _held(model: Model, work: Work, device: DeviceInfo, dtype: str, together: in
     state += (kept if on_cpu else work.forwards * together) * model.modulation_outputs * size
     return _Held(
         base_bytes=(CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes) + model.small_elements * size,
-        scratch_bytes=int(model.largest_elements * size * (PACKED[size] if on_cpu else 1)),
+        scratch_bytes=_scratch_bytes(model, size, on_cpu),
         activation_bytes=_activation_bytes(model, tokens[0], dtype, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION),
         state_bytes=state,
         query_chunk=chunk,
         before_bytes=0 if on_cpu else 2 * model.modulation_block_bytes,
     )
+
+
+def _scratch_bytes(model: Model, size: int, on_cpu: bool) -> int:
+    largest_bytes = model.largest_elements * size
+    return int(min(largest_bytes, CPU_PIECE_BYTES) * PACKED[size]) if on_cpu else largest_bytes
 
 
 def _pinnable(device: DeviceInfo, streamed_bytes: int) -> int:

@@ -233,7 +233,8 @@ def _load(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
 def _text(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
     """Every prompt goes through two encoders, so that the count is of passes; a share says it better."""
     done, total = int(event["done"]), int(event["total"])
-    return Task(key, "text encoding", done, total, f"{100 * done // max(1, total)} %{_left(done, total, elapsed_s)}")
+    share = f"{100 * done // max(1, total)} %" if done < total else "done"
+    return Task(key, "text encoding", done, total, f"{share}{_time(done, total, elapsed_s)}")
 
 
 def _vae(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
@@ -241,7 +242,7 @@ def _vae(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
     done, total, failed = float(event["done"]), int(event["total"]), int(event.get("failed", 0))
     part = f", {100 * (done % 1):.0f} % of the next" if done % 1 else ""
     title = "latents decoded" if key == "decode" else "pictures encoded"
-    return Task(key, title, done, total, f"{int(done) - failed} of {total}{part}{_left(done, total, elapsed_s)}")
+    return Task(key, title, done, total, f"{int(done) - failed} of {total}{part}{_time(done, total, elapsed_s)}")
 
 
 def _upscale(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
@@ -249,13 +250,16 @@ def _upscale(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
     image, images = int(event["image"]), int(event["images"])
     done, total = int(event["done"]), int(event["total"])
     title = f"picture {image + 1} of {images} enlarged" if images > 1 else "picture enlarged"
-    detail = f"tile {done} of {total}" if total > 1 else "in one piece"
-    return Task(key, title, done, total, f"{detail}{_left(done, total, elapsed_s)}")
+    detail = f"tile {done} of {total}" if done < total else f"{total} tiles"
+    return Task(key, title, done, total, f"{detail if total > 1 else 'one piece'}{_time(done, total, elapsed_s)}")
 
 
-def _left(done: float, total: float, elapsed_s: float) -> str:
-    if not 0 < done < total or elapsed_s < 1:
+def _time(done: float, total: float, elapsed_s: float) -> str:
+    """How long it will take yet, or has taken; nothing where that cannot be told or is next to nothing."""
+    if elapsed_s < 1 or done <= 0:
         return ""
+    if done >= total:
+        return f" in {duration_text(elapsed_s)}"
     return f", {duration_text(elapsed_s / done * (total - done))} left"
 
 
@@ -266,8 +270,9 @@ def _step(key: str, event: Mapping[str, Any], elapsed_s: float) -> Task:
     to_do = steps - step + steps // max(1, together) * max(0, images - image - together)
     which = f"image {image + 1}" if together <= 1 else f"images {image + 1} to {image + together}"
     title = f"{which} of {images}" if images > 1 else "image"
-    left = f", {duration_text(to_do * step_s)} left" if to_do and step_s > 0 else ""
-    return Task(f"{key} {image}", title, step, steps, f"step {step} of {steps}, {step_s:.3g} s/step{left}")
+    done = f"step {step} of {steps}" if step < steps else f"{steps} step{'s' * (steps > 1)}"
+    left = f", {duration_text(to_do * step_s)} left" if step < steps and step_s > 0 else ""
+    return Task(f"{key} {image}", title, step, steps, f"{done}, {step_s:.3g} s/step{left}")
 
 
 _TASKS: dict[str, Callable[[str, Mapping[str, Any], float], Task]] = {

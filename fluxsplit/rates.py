@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
+from fluxsplit.memory_plan import CACHE_MARGIN, CPU_PIECE_BYTES, PIECE_BYTES, readers_of
 from fluxsplit.weights import WeightFile
 
 MEASURE_S, RUNS = 0.05, 3
@@ -51,20 +51,23 @@ def _with_rates(
     info: DeviceInfo, device: torch.device, dtype: torch.dtype, hidden: int, head: int, tokens: int
 ) -> DeviceInfo:
     rows = max(64, min(tokens, MAX_TOKENS if device.type == "cpu" else MAX_CARD_TOKENS))
-    x, matrix, bias = (_values(shape, dtype, device) for shape in ((rows, hidden), (3 * hidden, hidden), (3 * hidden,)))
+    outputs = 3 * hidden
+    if device.type == "cpu":  # as a matrix comes there, and no more memory than the step will take
+        outputs = max(1, min(outputs, CPU_PIECE_BYTES // (hidden * dtype.itemsize)))
+    x, matrix, bias = (_values(shape, dtype, device) for shape in ((rows, hidden), (outputs, hidden), (outputs,)))
     products_s = _seconds(lambda: F.linear(x, matrix, bias), device)
     head = min(head, hidden)
     heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head)
     attention_s = _seconds(lambda: _attend(heads, info.fused_attention), device)
     wide = _values((rows, hidden), torch.float32, device)
     mixed_s = _seconds(lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x, device)
-    codes = torch.zeros(hidden, 3 * hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    expand_s = _seconds(lambda: fp8.expand_into(codes, matrix.view(codes.shape)), device)
+    codes = torch.zeros(outputs, hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    expand_s = _seconds(lambda: fp8.expand_into(codes, matrix), device)
     return replace(
         info,
-        flops_per_s=2 * rows * hidden * 3 * hidden / products_s,
+        flops_per_s=2 * rows * hidden * outputs / products_s,
         attention_flops_per_s=4 * rows**2 * hidden / attention_s,
-        expand_elements_per_s=3 * hidden**2 / expand_s,
+        expand_elements_per_s=outputs * hidden / expand_s,
         elementwise_per_s=rows * hidden / mixed_s,
         bus_bytes_per_s=None if device.type == "cpu" else _bus(device),
     )

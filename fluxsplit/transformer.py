@@ -20,6 +20,7 @@ from fluxsplit.conditioning import Conditioning
 from fluxsplit.diffusers_models import FluxTransformer2DModel
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.loading import EveryBlockThere, Loader
+from fluxsplit.memory_plan import CPU_PIECE_BYTES
 from fluxsplit.modulation import Modulations, Rows
 from fluxsplit.modulation import key as time_key
 from fluxsplit.weights import WeightFiles, fill
@@ -79,7 +80,7 @@ class Flux:
         self._short_side_tokens = int(part.config.get("rope_short_side_tokens", 0))
         with torch.device("meta"):
             self.module = FluxTransformer2DModel(**_dimensions(part))
-        fill(self.module, part, files, dtype, device)
+        fill(self.module, part, files, dtype, device, CPU_PIECE_BYTES if device.type == "cpu" else None)
         use_attention(self.module, None)
         self.blocks = (*self.module.transformer_blocks, *self.module.single_transformer_blocks)
         self.modulations = Modulations(self.blocks)

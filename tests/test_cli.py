@@ -580,6 +580,16 @@ def test_info(run: Run, tmp_path: Path) -> None:
     assert run("info", "gone.pt").code == 2
 
 
+def test_info_of_a_folder_tells_of_every_file_in_it(run: Run, tmp_path: Path) -> None:
+    latents = [*run("sample", "-p", "a fox", "--seed", "1").out, *run("sample", "-p", "a fox", "--seed", "2").out]
+    folder = Path(latents[0]).parent
+    (folder / "notes.txt").write_text("mine")
+    assert [json.loads(line)["path"] for line in run("info", "--json", folder).out] == sorted(latents)
+    (tmp_path / "empty").mkdir()
+    ran = run("info", tmp_path / "empty")
+    assert ran.code == 2 and "holds no picture, latent or weight file" in ran.err
+
+
 def test_version_and_help(run: Run) -> None:
     assert run("--version").out == ["fluxsplit 0.1.0"]
     text = "\n".join(run("sample", "--help").out)

@@ -82,3 +82,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         run_export(files, "print", str(tmp_path), True)
     with pytest.raises(FluxsplitError):
         run_export(files[:1], "web", str(tmp_path), True)
+
+
+def test_a_folder_stands_for_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("mine")
+    for name in ("b.png", "a.png"):
+        ours(tmp_path / "in" / name)
+    assert run_export([str(tmp_path / "in")], "web", str(tmp_path / "out"), True) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["a-web.webp", "b-web.webp"]

@@ -80,8 +80,8 @@ def test_without_a_terminal_a_line_for_what_is_finished() -> None:
     assert lines[0] == "fluxsplit: no model given: using the demo model"
     assert lines[1].startswith("fluxsplit: transformer: 12 GB read")
     assert lines[2:] == [
-        "fluxsplit: text encoding: 100 %",
-        "fluxsplit: image 1 of 2: step 4 of 4, 1.5 s/step, 6 s left",
+        "fluxsplit: text encoding: done",
+        "fluxsplit: image 1 of 2: 4 steps, 1.5 s/step",
         "fluxsplit: latents decoded: 1 of 1",
     ]
 
@@ -93,6 +93,18 @@ def test_a_slow_task_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> No
         [{"event": "step", "image": 0, "images": 1, "step": k, "steps": 20, "step_s": 6.0} for k in range(1, 5)]
     )
     assert "fluxsplit: image: step 1 of 20, 6 s/step, 1:54 min left\n" in err
+
+
+def test_what_is_finished_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 6))
+    monkeypatch.setattr("fluxsplit.progress.time.monotonic", lambda: next(now))
+    counted = {"image": 0, "images": 1, "total": 3}
+    for kind, said in (
+        ({"event": "decode"}, "latents decoded: 3 of 3"),
+        ({"event": "upscale", **counted}, "picture enlarged: 3 tiles"),
+    ):
+        _, _, err = shown([kind | {"done": 0, "total": 3}, kind | {"done": 3, "total": 3}])
+        assert err.splitlines()[-1].startswith(f"fluxsplit: {said} in ")
 
 
 class Terminal(io.StringIO):
