@@ -12,7 +12,8 @@ from fluxsplit.defaults import guidance_of, shift_of, steps_of
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import DeviceJob
 from fluxsplit.memory import DeviceInfo, budget_bytes
-from fluxsplit.memory_plan import MemoryPlan, Model, plan_memory, read_model
+from fluxsplit.memory_plan import MemoryPlan, plan_memory
+from fluxsplit.model_sizes import Model, read_model
 from fluxsplit.progress import bytes_text
 from fluxsplit.sample_plan import Plan
 from fluxsplit.work import tokens_of, work_of

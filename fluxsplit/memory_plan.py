@@ -9,89 +9,34 @@ are spread evenly among those that stay, for the same reason.
 On a CPU the blocks are in the page cache, which costs none of the budget. `resident` are those that fit into the RAM
 that the budget leaves; the pages of the others are given back after use, so that they do not push those out.
 
-Activations are modelled as bytes for each token and hidden channel, fitted to measured peaks; see
-`scripts/bench_plan.py` for how well that holds.
+What a run holds besides blocks is `held_memory`'s to know.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fluxsplit.checkpoint import Part, Source
 from fluxsplit.errors import UsageError
+from fluxsplit.held_memory import held_memory
 from fluxsplit.memory import PINNED_SHARE, DeviceInfo
-from fluxsplit.work import PREPARED_TOGETHER, Work, tokens_of
+from fluxsplit.model_sizes import Model
+from fluxsplit.work import Work, tokens_of
 
 MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
 """Pinned RAM of each thread that reads, for a card's blocks and before the steps; powers of two, as torch makes it."""
 MAX_READERS, OTHERS = 6, 2
 """Threads that read for a card, at most, and cores that are left to who computes and to the system."""
-CPU_PIECE_BYTES = 6 << 20
-"""Of a matrix a CPU expands at once, so that it is in the cache still when it is multiplied with."""
-CPU_BASE_BYTES = 435_000_000
-"""Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
-PACKED = {4: 1.2, 2: 1.4}
-"""Memory of the matrix that a CPU multiplies with, in matrices: products pack a part of it anew; fitted."""
-CARD_BASE_BYTES = 200_000_000
-"""Of the allocator on a card: libraries' workspaces and rounding; measured on an H200."""
-MODULATION = ("norm.linear", "norm1.linear", "norm1_context.linear")
-"""The matrices of diffusers' blocks, single and double, that are needed before the first step only (`modulation`)."""
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-SCORE_VALUE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}
-"""Of a score in attention by chunks, which `attention` forms in fp32 where the dtype has too few digits."""
 FRAGMENTED = 0.06
 """What torch's allocator reserves besides what it is asked for, as a share of it, where its segments cannot grow: 13.26
 GB for a plan of 12.64, measured on an H200."""
-SCORE_BYTES = 256_000_000
-"""Largest piece of a score matrix where attention is computed in chunks of queries."""
-FLUX_HEAD = 128
 CACHE_MARGIN = 0.95
 BLOCKS_AHEAD = 2
 """That a CPU has read before it comes to them."""
 ELEMENTWISE, CARD_ELEMENTWISE = 8.0, 4.0
 """Times through what `rates` measures, for each token and channel of a block; fitted, a card's to an H200."""
-_ACTIVATION, _CARD_ACTIVATION = {4: 94.0, 2: 54.0}, {4: 58.0, 2: 29.0}
-"""Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size. A card's
-allocator finds a place for what a CPU's leaves as holes; 16 bits measured on an H200, fp32 taken as twice that."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One block as the file's header shows it."""
-
-    name: str
-    """`double 3`, `single 17`."""
-    bytes: int
-    """Of its matrices, as stored."""
-    elements: int
-    """Stored as float8, to be expanded at each use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a plan has to know of a transformer; all from its header."""
-
-    blocks: tuple[Block, ...]
-    hidden: int
-    head: int
-    small_bytes: int
-    """Matrices outside the blocks, as stored."""
-    small_elements: int
-    """Biases and norms, held in the compute dtype."""
-    modulation_bytes: int
-    """Of `MODULATION`, as stored; no part of the blocks' own."""
-    modulation_block_bytes: int
-    """Of the block that has most of them."""
-    modulation_outputs: int
-    """What all of them give for one embedding, in values."""
-    largest_elements: int
-    """Of the largest matrix that has to be expanded; 0 where all are stored in the compute dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,39 +94,6 @@ class MemoryPlan:
             f"{len(self.resident)} of {total} blocks {verb}, {self.together} at once, "
             f"{self.peak_bytes / 1e9:.2f} GB of {self.budget_bytes / 1e9:.2f} GB"
         )
-
-
-def read_model(part: Part, dtype: str) -> Model:
-    """The sizes of a transformer that is computed in `dtype` (fp32, bf16 or fp16)."""
-    found: dict[tuple[str, int], list[Source]] = {}
-    once: dict[str, list[Source]] = {}
-    rest: list[Source] = []
-    for name, source in part.sources.items():
-        stack, _, after = name.partition(".")
-        number, _, inside = after.partition(".")
-        if stack not in ("transformer_blocks", "single_transformer_blocks") or not _is_matrix(source):
-            rest.append(source)
-        elif inside.removesuffix(".weight") in MODULATION:
-            once.setdefault(f"{stack}.{number}", []).append(source)
-        else:
-            found.setdefault((stack, int(number)), []).append(source)
-    keys = sorted(found, key=lambda key: (key[0] != "transformer_blocks", key[1]))
-    blocks = tuple(_block(key, found[key]) for key in keys)
-    once_bytes = [sum(map(_stored_bytes, sources)) for sources in once.values()]
-    once_outputs = sum(source.shape[0] for sources in once.values() for source in sources)
-    in_blocks = (source for sources in (*found.values(), *once.values()) for source in sources)
-    expanded = [source for source in in_blocks if _is_expanded(source, dtype)]
-    return Model(
-        blocks,
-        hidden=part.shape("x_embedder.weight")[0],
-        head=_head(part),
-        small_bytes=sum(_stored_bytes(source) for source in rest if _is_matrix(source)),
-        small_elements=sum(math.prod(source.shape) for source in part.sources.values() if not _is_matrix(source)),
-        modulation_bytes=sum(once_bytes),
-        modulation_block_bytes=max(once_bytes, default=0),
-        modulation_outputs=once_outputs,
-        largest_elements=max((math.prod(source.shape) for source in expanded), default=0),
-    )
 
 
 def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int, dtype: str) -> MemoryPlan:
@@ -280,7 +192,7 @@ def _plan(
     slot_bytes = 0 if on_cpu else max((model.blocks[n].bytes for n in streamed), default=0)
     slots = 0 if on_cpu or not streamed else slots
     tokens = sorted((tokens_of(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
-    held = _held(model, work, device, dtype, together, tokens)
+    held = held_memory(model, work, device, dtype, together, tokens)
     peak = held.bytes if on_cpu else held.bytes + resident_bytes + slots * slot_bytes
     lost = 0 if on_cpu or device.growing_segments else int(peak * FRAGMENTED)
     readers = 0 if on_cpu else readers_of(device)
@@ -318,47 +230,6 @@ def _plan(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """What a run holds besides blocks; the fields are those of `MemoryPlan`."""
-
-    base_bytes: int
-    scratch_bytes: int
-    activation_bytes: int
-    state_bytes: int
-    query_chunk: int | None
-    before_bytes: int
-    """Two blocks' modulation matrices, which are on a card before the first step, instead of activations."""
-
-    @property
-    def bytes(self) -> int:
-        """At the worst moment."""
-        return self.base_bytes + self.scratch_bytes + max(self.activation_bytes + self.state_bytes, self.before_bytes)
-
-
-def _held(model: Model, work: Work, device: DeviceInfo, dtype: str, together: int, tokens: Sequence[int]) -> _Held:
-    """`tokens` of each picture, the largest first."""
-    size, on_cpu = DTYPE_BYTES[dtype], device.kind == "cpu"
-    chunk = _query_chunk(model, tokens[0], dtype, device)
-    state = work.forwards * sum(_state_bytes(model, count, size) for count in tokens[:together])
-    # of every step on a CPU, where RAM is what is planned; of the step that is computed on a card
-    kept = work.times * min(work.texts, max(together, PREPARED_TOGETHER))
-    state += (kept if on_cpu else work.forwards * together) * model.modulation_outputs * size
-    return _Held(
-        base_bytes=(CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes) + model.small_elements * size,
-        scratch_bytes=_scratch_bytes(model, size, on_cpu),
-        activation_bytes=_activation_bytes(model, tokens[0], dtype, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION),
-        state_bytes=state,
-        query_chunk=chunk,
-        before_bytes=0 if on_cpu else 2 * model.modulation_block_bytes,
-    )
-
-
-def _scratch_bytes(model: Model, size: int, on_cpu: bool) -> int:
-    largest_bytes = model.largest_elements * size
-    return int(min(largest_bytes, CPU_PIECE_BYTES) * PACKED[size]) if on_cpu else largest_bytes
-
-
 def _pinnable(device: DeviceInfo, streamed_bytes: int) -> int:
     if device.kind != "cuda" or device.unified:  # where RAM is the card's memory it is planned for already
         return 0
@@ -367,27 +238,6 @@ def _pinnable(device: DeviceInfo, streamed_bytes: int) -> int:
 
 def _with_smallest(plan: MemoryPlan, smallest_bytes: int) -> MemoryPlan:
     return replace(plan, smallest_bytes=smallest_bytes)
-
-
-def _activation_bytes(model: Model, tokens: int, dtype: str, chunk: int | None, widest: dict[int, float]) -> int:
-    held = int(tokens * model.hidden * widest[DTYPE_BYTES[dtype]])
-    if chunk is None:
-        return held
-    widened = tokens * model.hidden * SCORE_VALUE_BYTES[dtype] if dtype == "bf16" else 0  # the keys
-    return held + widened + 3 * chunk * tokens * (model.hidden // model.head) * SCORE_VALUE_BYTES[dtype]
-
-
-def _state_bytes(model: Model, tokens: int, size: int) -> int:
-    """Image and text states in the compute dtype, and the fp32 cosines and sines of their positions."""
-    return tokens * (model.hidden * size + 4 * model.head)
-
-
-def _query_chunk(model: Model, tokens: int, dtype: str, device: DeviceInfo) -> int | None:
-    """Rows of the score matrix at once, in multiples of 64, where no fused kernel keeps it to itself."""
-    if device.fused_attention:
-        return None
-    row_bytes = tokens * (model.hidden // model.head) * SCORE_VALUE_BYTES[dtype]
-    return max(64, min(tokens, SCORE_BYTES // row_bytes // 64 * 64))
 
 
 def _step(
@@ -427,30 +277,6 @@ def _compute_s(model: Model, tokens: int, device: DeviceInfo) -> float:
     expansion = elements / device.expand_elements_per_s if device.expand_elements_per_s else 0.0
     values = (ELEMENTWISE if device.kind == "cpu" else CARD_ELEMENTWISE) * tokens * hidden * blocks
     return products + attention + expansion + (values / device.elementwise_per_s if device.elementwise_per_s else 0.0)
-
-
-def _block(key: tuple[str, int], sources: list[Source]) -> Block:
-    elements = sum(math.prod(source.shape) for source in sources if source.dtype in _FLOAT8)
-    kind = "double" if key[0] == "transformer_blocks" else "single"
-    return Block(f"{kind} {key[1]}", sum(_stored_bytes(source) for source in sources), elements)
-
-
-def _head(part: Part) -> int:
-    """Width of an attention head; a file that does not tell is refused when it is loaded."""
-    source = part.sources.get("transformer_blocks.0.attn.norm_q.weight")
-    return source.shape[0] if source is not None and source.shape else FLUX_HEAD
-
-
-def _is_matrix(source: Source) -> bool:
-    return len(source.shape) == 2
-
-
-def _is_expanded(source: Source, dtype: str) -> bool:
-    return source.dtype.lower() != dtype.replace("fp", "f") or source.scale is not None
-
-
-def _stored_bytes(source: Source) -> int:
-    return math.prod(source.shape) * _BYTES.get(source.dtype, 1)
 
 
 def _ceil_mb(count: int) -> int:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fluxsplit.loading import Loader
-from fluxsplit.memory_plan import MODULATION
-from fluxsplit.weights import StoredLinear
+from fluxsplit.model_sizes import MODULATION
+from fluxsplit.stored_layers import StoredLinear
 
 Key = tuple[float, float | None, bytes]
 """Noise level, guidance, and the bytes of the pooled text: all that an embedding of time depends on."""

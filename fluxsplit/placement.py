@@ -20,14 +20,15 @@ from fluxsplit.memory_plan import (
     ONCE_PIECE_BYTES,
     MemoryPlan,
     plan_memory,
-    read_model,
     smaller_budget,
 )
+from fluxsplit.model_sizes import read_model
 from fluxsplit.rates import with_file_rates, with_rates
 from fluxsplit.read_ahead import ReadAhead
+from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux
-from fluxsplit.weights import StoredLinear, WeightFiles
+from fluxsplit.weights import WeightFiles
 from fluxsplit.work import tokens_of, work_of
 
 WORTH_MEASURING_BYTES = 1 << 29

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 from fluxsplit import fp8
 from fluxsplit.attention import attend_in_chunks
+from fluxsplit.held_memory import CPU_PIECE_BYTES
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import CACHE_MARGIN, CPU_PIECE_BYTES, PIECE_BYTES, readers_of
+from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
 from fluxsplit.weights import WeightFile
 
 MEASURE_S, RUNS = 0.05, 3

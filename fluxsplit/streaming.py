@@ -28,7 +28,8 @@ from torch import nn
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory_plan import PIECE_BYTES
 from fluxsplit.reader import Filling, Reader, Run
-from fluxsplit.weights import Span, StoredLinear, WeightFiles
+from fluxsplit.stored_layers import StoredLinear
+from fluxsplit.weights import Span, WeightFiles
 
 ALIGN_BYTES = 256
 OnRead = Callable[[int], None]

@@ -23,7 +23,8 @@ from fluxsplit.checkpoint import Part
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.lean_import import without
 from fluxsplit.loading import EveryBlockThere, Loader
-from fluxsplit.weights import WeightFiles, fill
+from fluxsplit.stored_layers import fill
+from fluxsplit.weights import WeightFiles
 
 try:
     with without("accelerate", "scipy", "sklearn", "torchvision", "peft", "PIL"):

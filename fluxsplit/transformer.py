@@ -19,11 +19,12 @@ from fluxsplit.checkpoint import Part, variant_of
 from fluxsplit.conditioning import Conditioning
 from fluxsplit.diffusers_models import FluxTransformer2DModel
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.held_memory import CPU_PIECE_BYTES
 from fluxsplit.loading import EveryBlockThere, Loader
-from fluxsplit.memory_plan import CPU_PIECE_BYTES
 from fluxsplit.modulation import Modulations, Rows
 from fluxsplit.modulation import key as time_key
-from fluxsplit.weights import WeightFiles, fill
+from fluxsplit.stored_layers import fill
+from fluxsplit.weights import WeightFiles
 
 PATCH = 2
 LATENT_CHANNELS = 16

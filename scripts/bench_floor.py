@@ -21,7 +21,8 @@ from fluxsplit import checkpoint
 from fluxsplit.attention import attend_in_chunks, has_fused_attention
 from fluxsplit.checkpoint import Part
 from fluxsplit.device import DTYPE_NAMES, device_info, pick_device, pick_dtype
-from fluxsplit.memory_plan import MODULATION, readers_of
+from fluxsplit.memory_plan import readers_of
+from fluxsplit.model_sizes import MODULATION
 from fluxsplit.rates import QUERY_CHUNK, feed_bytes_per_s
 
 TIMES = 3

@@ -13,7 +13,8 @@ from small_flux import image, write_conditioning, write_flux
 from fluxsplit import checkpoint
 from fluxsplit.errors import UsageError
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import Block, MemoryPlan, Model, plan_memory, read_model, smaller_budget
+from fluxsplit.memory_plan import MemoryPlan, plan_memory, smaller_budget
+from fluxsplit.model_sizes import Block, Model, read_model
 from fluxsplit.work import Work, text_tokens, tokens_of, work_of
 
 GB = 10**9

@@ -17,10 +17,11 @@ from small_flux import by_seed, image, sample, write_conditioning, write_flux
 from fluxsplit import checkpoint, fp8
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.loading import EveryBlockThere
-from fluxsplit.memory_plan import MODULATION
+from fluxsplit.model_sizes import MODULATION
+from fluxsplit.stored_layers import Scratch, StoredLinear
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
-from fluxsplit.weights import Scratch, StoredLinear, WeightFiles
+from fluxsplit.weights import WeightFiles
 
 DOUBLES, SINGLES, STEPS = 2, 3, 3
 MATRICES = 2 * DOUBLES + SINGLES

@@ -35,9 +35,10 @@ from fluxsplit.jobs import DecodeJob, ImageJob, ModelFiles, SampleJob, TextJob
 from fluxsplit.latent_space import LatentSpace
 from fluxsplit.noise import initial_noise
 from fluxsplit.sampling import SAMPLE, drive
+from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.text import T5, Clip
 from fluxsplit.transformer import Flux
-from fluxsplit.weights import StoredLinear, WeightFiles
+from fluxsplit.weights import WeightFiles
 from synthetic_checkpoint import TINY, Dimensions, Shapes
 
 LATENT_TOLERANCE = 5e-5

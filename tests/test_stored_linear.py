@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fluxsplit import fp8
-from fluxsplit.weights import Scratch, StoredLinear
+from fluxsplit.stored_layers import Scratch, StoredLinear
 
 OUTPUTS, INPUTS = 200, 96
 

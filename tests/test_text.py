@@ -17,9 +17,10 @@ from fluxsplit.jobs import TextJob
 from fluxsplit.models import demo_files
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.stage_text import _check
+from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming
 from fluxsplit.text import MAX_TOKENS, T5
-from fluxsplit.weights import StoredLinear, WeightFiles
+from fluxsplit.weights import WeightFiles
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "a (blue:1.4) square above it", "", "a red circle")
