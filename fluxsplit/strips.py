@@ -1,15 +1,8 @@
 """A VAE's passes carried out strip by strip: the picture that the whole network gives, to rounding.
 
 A 3x3 convolution needs one row above and one below a strip. The rows it shares with the next strip stay in the window,
-normalised and activated already, so that nothing is computed twice.
-
-A GroupNorm needs the mean and variance of the whole plane. They are gathered while the plane is written: each row's by
-two passes in fp32 while it is in the cache, rows and strips merged in fp64 (Chan, Golub and LeVeque 1979). Tiles, which
-normalise each by its own statistics, are what makes tiled decoding drift in tone; strips do not.
-
-Nearest-neighbour enlargement followed by a 3x3 convolution only ever sees 2x2 different pixels, so that it is four 2x2
-convolutions of the small plane, one for each parity of row and column, whose weights are sums of the 3x3's: 4 instead
-of 9 products for each output. The two parities of a column share one call.
+normalised and activated already, so that nothing is computed twice. `group_norm` has the statistics of whole planes,
+`convolution` what an enlargement and a convolution are together.
 
 Attention over the middle plane (one head as wide as the plane, 512 in FLUX.1's) is products and a softmax over chunks
 of queries and, where all keys' scores would be too large, blocks of keys merged by running maximum and sum (Milakov and
@@ -19,92 +12,22 @@ Gimelshein, arXiv 1805.02867). Fused kernels are never used: they refuse a head 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from fluxsplit.convolution import convolve, phase_kernels
 from fluxsplit.decode_plan import VaePlan, attention_tokens, strip_rows
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.group_norm import Affine, Moments
 from fluxsplit.memory import PINNED_SHARE, free_ram_bytes
-from fluxsplit.planes import Home, Plane, give_back_freed
+from fluxsplit.planes import Home, Plane, give_back_freed, sent
 from fluxsplit.vae_passes import Pass
 
 TRIM_STRIPS = 8
 """glibc leaves a hole for every strip, just too small for the next: 0.2 GB by the end of a pass of 4096 rows."""
-EPSILON = 1e-6
-"""Of every GroupNorm in the VAE (diffusers `vae.py`)."""
 
 Layer = Callable[[str], torch.Tensor]
 Sink = Callable[[int, torch.Tensor], None]
-
-
-class NotFinite(FluxsplitError):
-    """An activation is NaN or infinite: 16 bits were not enough, or the latents are not of this VAE."""
-
-
-class Moments:
-    """Count, mean and sum of squared deviations of each channel, over all rows seen so far, in fp64."""
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self._count = 0
-        self._mean = torch.zeros(channels, dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self._mean)
-
-    def update(self, rows: torch.Tensor) -> None:
-        """Take in rows [n, W, C]."""
-        wide = rows.float()
-        means = wide.mean(1, keepdim=True)  # [n, 1, C]
-        deviations = torch.sub(wide, means) if wide is rows else wide.sub_(means)
-        squares = deviations.mul_(deviations).sum(1).double()  # [n, C]
-        means = means[:, 0].double()
-        mean = means.mean(0)
-        self._merge(
-            rows.shape[0] * rows.shape[1], mean, squares.sum(0) + rows.shape[1] * (means - mean).square().sum(0)
-        )
-
-    def _merge(self, count: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
-        total = self._count + count
-        delta = mean - self._mean
-        self._mean = self._mean + delta * (count / total)
-        self._squares = self._squares + squares + delta.square() * (self._count * count / total)
-        self._count = total
-
-    def affine(self, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift [C] in fp32, such that GroupNorm is x * scale + shift; raises NotFinite."""
-        means = self._mean.view(groups, -1)
-        mean = means.mean(1, keepdim=True)
-        squares = self._squares.view(groups, -1).sum(1) + self._count * (means - mean).square().sum(1)
-        variance = squares / (self._count * means.shape[1])
-        if not bool(variance.isfinite().all()):
-            raise NotFinite("the VAE's activations are NaN or infinite")
-        scale = weight.double() * (variance + EPSILON).rsqrt().repeat_interleave(means.shape[1])
-        shift = bias.double() - scale * mean.expand_as(means).reshape(-1)
-        return scale.float(), shift.float()
-
-
-@dataclass(frozen=True, slots=True)
-class Affine:
-    """A GroupNorm whose statistics are known."""
-
-    scale: torch.Tensor
-    """fp32 [C]."""
-    shift: torch.Tensor
-    activated: bool = True
-    """Whether SiLU follows."""
-
-    def into(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """Write silu(rows * scale + shift) to `out`; computed in fp32, rounded once."""
-        wide = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
-        if rows.dtype == torch.float32 and rows.device != wide.device:
-            rows = wide.copy_(rows, non_blocking=rows.is_pinned())
-        elif rows.dtype != torch.float32:  # crosses the bus in 16 bits, and is widened on the other side
-            rows = wide.copy_(_sent(rows, wide.device))
-        torch.addcmul(self.shift, rows, self.scale, out=wide)
-        if self.activated:
-            F.silu(wide, inplace=True)
-        if wide is not out:
-            out.copy_(wide)
 
 
 class Window:
@@ -133,7 +56,7 @@ class Window:
         for row, piece in self._plane.pieces(first, last):
             out = self._buffer[row - start : row - start + len(piece)]
             if self._affine is None:
-                out.copy_(_sent(piece, out.device))
+                out.copy_(sent(piece, out.device))
             else:
                 self._affine.into(piece, out)
         self._buffer[last - start : stop - start].zero_()
@@ -216,7 +139,7 @@ class Strips:
             stop = min(start + rows, one.height)
             if straight is not None:
                 for row, piece in source.pieces(start, stop):
-                    target.shortcut(row, convolve(_sent(piece, self._device), *straight))
+                    target.shortcut(row, convolve(sent(piece, self._device), *straight))
             target.put(start, convolve(window.rows(start - 1, stop + 1), weight, bias, padding=(0, 1)))
             if one.last_use:
                 source.release(stop)
@@ -305,7 +228,7 @@ class Strips:
         """All keys and values in fp32, each [n, C], n being `together` at most."""
         both = zip(keys.pieces(0, keys.height), values.pieces(0, values.height), strict=True)
         for (_, key), (_, value) in both:
-            flat = (_sent(piece, self._device).reshape(-1, keys.channels) for piece in (key, value))
+            flat = (sent(piece, self._device).reshape(-1, keys.channels) for piece in (key, value))
             for some_keys, some_values in zip(*(piece.split(together) for piece in flat), strict=True):
                 if some_keys.dtype != torch.float32:
                     some_keys = self._buffer("keys", some_keys.shape).copy_(some_keys)  # noqa: PLW2901
@@ -346,7 +269,7 @@ class _Target:
         for row, piece in self._made.pieces(start, start + len(rows)):
             part = rows[row - start : row - start + len(piece)]
             if self._one.adds:
-                part.add_(_sent(piece, part.device))
+                part.add_(sent(piece, part.device))
             _store(piece, part)
             if self._moments is not None:
                 self._moments.update(part)
@@ -371,45 +294,6 @@ def _write(plane: Plane, start: int, rows: torch.Tensor) -> None:
         _store(piece, rows[row - start : row - start + len(piece)])
 
 
-def _sent(piece: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A plane's rows on the device. Nobody waits for those that come from pinned RAM: all is in order on one stream."""
-    return piece if piece.device == device else piece.to(device, non_blocking=piece.is_pinned())
-
-
 def _store(piece: torch.Tensor, rows: torch.Tensor) -> None:
     """Rows to their place in a plane, likewise."""
     piece.copy_(rows, non_blocking=piece.device != rows.device and piece.is_pinned())
-
-
-def convolve(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, int] = (0, 0), stride: int = 1
-) -> torch.Tensor:
-    """Rows [n, W, C] → [n', W', O].
-
-    Channels last all the way, except on HIP: MIOpen has no good kernels for it on RDNA2, so rows are laid out as
-    [C, n, W] for the call there.
-    """
-    planar = rows.permute(2, 0, 1)[None]  # [1, C, n, W]
-    if torch.version.hip:
-        planar = planar.contiguous()
-    return F.conv2d(planar, weight, bias, stride=stride, padding=padding)[0].permute(1, 2, 0)
-
-
-def phase_kernels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A 3x3 kernel [O, C, 3, 3] after nearest-2x as 2x2 kernels [2 O, C, 2, 2], for even and for odd rows.
-
-    The first half of the outputs is for even columns. Even rows see rows (i - 1, i, i) of the small plane, odd ones
-    (i, i, i + 1); columns likewise. Summed in fp32, one tap at a time.
-    """
-    outputs, inputs = weight.shape[:2]
-    layout = torch.contiguous_format if torch.version.hip else torch.channels_last
-    seen = (((0,), (1, 2)), ((0, 1), (2,)))  # by parity: which of the three taps meet in each of the two
-    halves = []
-    for rows in seen:
-        half = torch.empty((2 * outputs, inputs, 2, 2), dtype=weight.dtype, device=weight.device, memory_format=layout)
-        for parity, columns in enumerate(seen):
-            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                taps = [weight[:, :, r, c].float() for r in rows[i] for c in columns[j]]
-                half[parity * outputs : (parity + 1) * outputs, :, i, j] = torch.stack(taps).sum(0)
-        halves.append(half)
-    return halves[0], halves[1]

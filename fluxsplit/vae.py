@@ -18,7 +18,8 @@ from fluxsplit.checkpoint import Part
 from fluxsplit.decode_plan import VaePlan
 from fluxsplit.device import DTYPES, exact_fp32
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.strips import NotFinite, Sink, Strips
+from fluxsplit.group_norm import NotFinite
+from fluxsplit.strips import Sink, Strips
 from fluxsplit.vae_passes import Pass, VaeShape, parameter_shapes, passes_of_decoder, passes_of_encoder
 from fluxsplit.weights import WeightFiles
 

@@ -14,9 +14,9 @@ from fluxsplit.decode_plan import VaePlan, plan_vae
 from fluxsplit.device import device_info, keep_within, pick_device, pick_vae_dtype_name
 from fluxsplit.errors import FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
+from fluxsplit.group_norm import NotFinite
 from fluxsplit.memory import budget_bytes
 from fluxsplit.planes import spill_folder
-from fluxsplit.strips import NotFinite
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Advance, load_vae
 from fluxsplit.vae_passes import Pass

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from fluxsplit.errors import FluxsplitError, ModelFileMissing
+from fluxsplit.spandrel_network import DTYPES
 from fluxsplit.state_dict import StateDict, read_state_dict
-from fluxsplit.upscale import DTYPES
 
 STATE = {
     "body.0.weight": torch.arange(6, dtype=torch.float32).view(2, 3),

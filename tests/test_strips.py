@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import synthetic_checkpoint
 from fluxsplit import checkpoint
+from fluxsplit.convolution import convolve, phase_kernels
 from fluxsplit.decode_plan import VaePlan, block_size, blocks_held
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.group_norm import EPSILON, Moments, NotFinite
 from fluxsplit.models import demo_files
 from fluxsplit.pinned import pin
 from fluxsplit.planes import MADE_TOGETHER, Home, Plane
-from fluxsplit.strips import EPSILON, Moments, NotFinite, convolve, phase_kernels
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Vae, levels, load_vae
 from fluxsplit.vae_passes import VaeShape
