@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 KEPT_BYTES, MAPPED_BYTES = 1 << 31, 1 << 26
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -51,9 +52,8 @@ def own_process_group() -> dict[str, Any]:
 def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES, *, stage: str = "") -> dict[str, str]:
     """`base` with what a stage needs set, where it is not set already."""
     environment = _DEFAULTS | _OF_STAGE.get(stage, {}) | dict(base)
-    if sys.platform == "linux" and not is_rocm() and not any(name in base for name in _ALLOCATOR_SETTINGS):
-        # Segments that grow: else what was freed in one size is of no use for another, 0.7 GB of a 13 GB plan. Not
-        # with ROCm, of which older ones warn of it and do without.
+    if can_grow_segments() and not any(name in base for name in _ALLOCATOR_SETTINGS):
+        # else what was freed in one size is of no use for another, 0.7 GB of a 13 GB plan
         environment[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     if "HSA_OVERRIDE_GFX_VERSION" not in base and needs_gfx_override(gfx_versions(kfd_nodes)):
         environment["HSA_OVERRIDE_GFX_VERSION"] = "10.3.0"
@@ -62,6 +62,18 @@ def child_environment(base: Mapping[str, str], kfd_nodes: Path = KFD_NODES, *, s
         known = [part for part in (str(root), base.get("PYTHONPATH", "")) if part]
         environment["PYTHONPATH"] = ";".join(known) if sys.platform == "win32" else ":".join(known)
     return environment
+
+
+def can_grow_segments(kernel: Path = KERNEL_RELEASE) -> bool:
+    """Whether torch's allocator can be given segments that grow: Linux, NVIDIA.
+
+    Older ROCm warns of it and does without. Under WSL some drivers fail at the first allocation (pytorch#192330).
+    """
+    if sys.platform != "linux" or is_rocm():
+        return False
+    with contextlib.suppress(OSError):
+        return "microsoft" not in kernel.read_text().lower()
+    return True
 
 
 @functools.cache

@@ -105,12 +105,15 @@ def device_info(device: torch.device) -> DeviceInfo:
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for what comes next
     properties = torch.cuda.get_device_properties(device)
+    unified = bool(getattr(properties, "is_integrated", False))
+    if unified and torch.version.hip is None:  # there the page cache, our own files, counts as taken
+        free_bytes = max(free_bytes, free_ram_bytes())
     return DeviceInfo(
         kind="cuda" if torch.version.hip is None else "hip",
         name=properties.name,
         free_bytes=free_bytes,
         total_bytes=total_bytes,
-        unified=bool(getattr(properties, "is_integrated", False)),
+        unified=unified,
         ram_bytes=free_ram_bytes(),
         cores=int(properties.multi_processor_count),
         processor_cores=torch.get_num_threads(),

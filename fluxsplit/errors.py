@@ -56,6 +56,7 @@ _MEMORY_WORDS = (
     "can't allocate memory",
     "not enough memory",
     "hiperroroutofmemory",
+    "device not ready",  # what WSL's driver says instead
     "_alloc_failed",
     "winerror 1455",
 )

@@ -81,11 +81,12 @@ def check_budget(text: str) -> str:
     return text.strip()
 
 
-def budget_bytes(text: str, device: DeviceInfo) -> int:
+def budget_bytes(text: str, device: DeviceInfo, *, again: bool = False) -> int:
     """Bytes that `8G`, `75%` (of what is free) or `auto` stand for on a device.
 
     `auto` takes what is free but for a desktop's share. Raises UsageError for what is no amount, is nothing, or is
-    more than the device has free. G is 10^9; GiB is 2^30.
+    more than the device has free. G is 10^9; GiB is 2^30. With `again`, as other programs may have taken of what was
+    free at first, an amount is a bound of what `auto` gives now.
     """
     check_budget(text)
     share, amount = _share(text), _amount(text)
@@ -93,6 +94,8 @@ def budget_bytes(text: str, device: DeviceInfo) -> int:
         return int(device.free_bytes * share)
     if amount is None:
         return auto_bytes(device)
+    if again:
+        return min(amount, auto_bytes(device))
     if amount > device.free_bytes:
         free, total = _gb(device.free_bytes), _gb(device.total_bytes)
         raise UsageError(

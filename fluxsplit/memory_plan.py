@@ -29,6 +29,8 @@ PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
 """Pinned RAM of each thread that reads, for a card's blocks and before the steps; powers of two, as torch makes it."""
 MAX_READERS, OTHERS = 6, 2
 """Threads that read for a card, at most, and cores that are left to who computes and to the system."""
+FEW_READERS = 4
+"""That each have two pieces."""
 FRAGMENTED = 0.06
 """What torch's allocator reserves besides what it is asked for, as a share of it, where its segments cannot grow: 13.26
 GB for a plan of 12.64, measured on an H200."""
@@ -124,6 +126,14 @@ def readers_of(device: DeviceInfo) -> int:
     return max(1, min(MAX_READERS, device.processor_cores - OTHERS))
 
 
+def pieces_of(readers: int) -> int:
+    """How many pieces of pinned RAM each of so many readers has.
+
+    A few fill one while the card fetches the other; of many there is always one that reads while others wait.
+    """
+    return 2 if readers <= FEW_READERS else 1
+
+
 def smaller_budget(plan: MemoryPlan) -> int | None:
     """The budget to try after a plan ran out of memory; None where there is nothing left to give up."""
     target = int(min(plan.budget_bytes, plan.peak_bytes) * 0.75)
@@ -196,8 +206,9 @@ def _plan(
     peak = held.bytes if on_cpu else held.bytes + resident_bytes + slots * slot_bytes
     lost = 0 if on_cpu or device.growing_segments else int(peak * FRAGMENTED)
     readers = 0 if on_cpu else readers_of(device)
-    pinned = readers * (PIECE_BYTES + ONCE_PIECE_BYTES)
-    fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, pinned)
+    pinned = readers * pieces_of(readers) * (PIECE_BYTES + ONCE_PIECE_BYTES)
+    of_ram = pinned + (peak + lost if device.unified else 0)
+    fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, of_ram)
     streamed_bytes, fleeting_bytes = (sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting))
     pinnable = _pinnable(device, streamed_bytes - fleeting_bytes) if slots > 1 else 0
     moved = (streamed_bytes, streamed_bytes - pinnable, fleeting_bytes)

@@ -66,17 +66,22 @@ class Modulations:
             self.matrices.append(nn.ModuleList(linear for _, linear in linears))
 
     def compute(self, embeddings: Mapping[Key, torch.Tensor], loader: Loader) -> None:
-        """Forget what is known and compute for `embeddings`, each [1, D], in one pass over `matrices`."""
-        self._known = {key: [] for key in embeddings}
-        if not embeddings:
+        """Compute for `embeddings`, each [1, D], what is not known, in one pass over `matrices`; forget all others."""
+        fresh = {key: list[Rows]() for key in embeddings if key not in self._known}
+        self._known = {key: self._known[key] for key in embeddings if key in self._known} | fresh
+        if not fresh:
             return
-        activated = [F.silu(embedding) for embedding in embeddings.values()]
+        activated = [F.silu(embeddings[key]) for key in fresh]
         for number, matrices in enumerate(self.matrices):
             linears = cast(Iterable[StoredLinear], matrices)
             with loader.brought_in(number):
                 made = [torch.cat(linear.each(activated)).cpu() for linear in linears]
-            for row, rows in enumerate(self._known.values()):
+            for row, rows in enumerate(fresh.values()):
                 rows.append(tuple(part[row : row + 1] for part in made))
+
+    def knows(self, keys: Iterable[Key]) -> bool:
+        """Whether there is nothing to compute for these."""
+        return all(key in self._known for key in keys)
 
     def of(self, key: Key, device: torch.device) -> list[Rows] | None:
         """Every block's rows on the device; None where they were not computed before."""

@@ -48,7 +48,9 @@ def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtyp
         tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
         info = with_rates(info, device, dtype, model.hidden, model.head, tokens)
         info = with_file_rates(info, part.path, weight_bytes)
-    return plan_memory(model, work, info, budget_bytes(job.vram, info), DTYPE_NAMES[dtype])
+    if device.type != "cpu":  # the libraries that measuring loaded have taken of what was free
+        info = replace(info, free_bytes=device_info(device).free_bytes)
+    return plan_memory(model, work, info, budget_bytes(job.vram, info, again=bool(job.retried)), DTYPE_NAMES[dtype])
 
 
 def tell_plan(plan: MemoryPlan, events: Events) -> None:

@@ -1,12 +1,12 @@
 """Threads that bring bytes of weight files into memory of the device, in pieces.
 
-To a card they go through pinned pieces of RAM, one for each thread: it is filled with what the page cache or the disk
-holds of the file, its copies to the card begin, and as soon as they have ended it is filled again. Neither a second
-file nor the model in RAM is made on the way. A thread copies 5 or 6 GB/s out of the page cache, so that there are
-several; but not many, and with large pieces, since whoever computes needs the interpreter's lock thousands of times a
-step and waits for it behind everybody who reads: beside twelve of them with small pieces it launched a third of the
-kernels. Nor torch's own threads: they spin while they wait, and all of them wait for the one that whoever computes has
-pushed off its core, at worst for 4 GB/s (docs/decisions.md, 2026-11-26).
+To a card they go through pinned pieces of RAM, one for each thread or, where threads are few, two: a piece is filled
+with what the page cache or the disk holds of the file, its copies to the card begin, and as soon as they have ended it
+is filled again. Neither a second file nor the model in RAM is made on the way. A thread copies 5 or 6 GB/s out of the
+page cache, so that there are several; but not many, and with large pieces, since whoever computes needs the
+interpreter's lock thousands of times a step and waits for it behind everybody who reads: beside twelve of them with
+small pieces it launched a third of the kernels. Nor torch's own threads: they spin while they wait, and all of them
+wait for the one that whoever computes has pushed off its core, at worst for 4 GB/s (docs/decisions.md, 2026-11-26).
 
 Where the threads work for more than half of their time they take the processor from whoever computes, or are too slow
 already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches those by
@@ -16,6 +16,7 @@ there is a limit to them.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ from typing import TypeVar
 import torch
 
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.memory_plan import pieces_of
 from fluxsplit.pinned import FilePins, as_buffer, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
@@ -104,11 +106,12 @@ class Reader:
         self._failure: BaseException | None = None
         self._closed = False
         self._card = torch.cuda.current_device() if in_pieces and torch.cuda.is_available() else None
-        pieces = [_Piece(pinned_ram(piece_bytes)) if in_pieces else None for _ in range(max(1, threads))]
-        self._piece = pieces[0]
+        each = pieces_of(threads) if in_pieces and threads else int(in_pieces)
+        pieces = [[_Piece(pinned_ram(piece_bytes)) for _ in range(each)] for _ in range(max(1, threads))]
+        self._piece = next(iter(pieces[0]), None)
         self.threads = [
-            threading.Thread(target=self._work, args=(piece,), name="weights reader", daemon=True)
-            for piece in pieces[:threads]
+            threading.Thread(target=self._work, args=(own,), name="weights reader", daemon=True)
+            for own in pieces[:threads]
         ]
         for thread in self.threads:
             thread.start()
@@ -153,14 +156,15 @@ class Reader:
         """Let the files' pages go; nothing may be on its way from them."""
         self._pins.close()
 
-    def _work(self, piece: _Piece | None) -> None:
+    def _work(self, pieces: Sequence[_Piece]) -> None:
         filling: Filling | None = None
+        turns = itertools.cycle(pieces or [None])
         try:
             if self._card is not None:
                 torch.cuda.set_device(self._card)
             while (part := self._pace.waiting(self._waiting.get)) is not None and not self._closed:
                 filling, runs = part
-                self._bring(runs, filling, piece)
+                self._bring(runs, filling, next(turns))
                 with self._lock:
                     filling.left -= 1
                     last = not filling.left

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from fluxsplit import durable, metadata
+from fluxsplit.beside import thread_beside
 from fluxsplit.device import device_name
 from fluxsplit.errors import DoesNotFit, FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
@@ -25,7 +26,7 @@ def run(job: DecodeJob, events: Events) -> None:
 
     Raises OutOfMemory, with the plan that did not hold.
     """
-    with ThreadPoolExecutor(max_workers=1) as hashing, ThreadPoolExecutor(max_workers=1) as reading:
+    with thread_beside() as hashing, thread_beside() as reading:
         stamp = hashing.submit(_stamp, job.vae)
         session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
         parents = dict(zip(job.latents, job.parents, strict=False))

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fluxsplit import checkpoint, defaults, fp8, latents
+from fluxsplit.beside import thread_beside
 from fluxsplit.checkpoint import Contents, Part
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.conditioning_cache import stamps_in
@@ -54,7 +55,7 @@ class _Model:
 
 def run(job: SampleJob, events: Events) -> None:
     """Sample `job.images`; a picture that fails is reported and the rest go on."""
-    with ThreadPoolExecutor(max_workers=1) as hashing:
+    with thread_beside() as hashing:
         device, dtype = _device_and_dtype(job)
         part = checkpoint.part(job.files.transformer, "transformer")
         plan = plan_job(job, part, device, dtype)
@@ -134,7 +135,7 @@ def _prepare(model: _Model, job: SampleJob, numbers: Sequence[int]) -> None:
             recipe = _recipe(model, image)
             pooled |= {text: _conditioning(model.flux, text).pooled for text in texts if text not in pooled}
             times += [(sigma, recipe.guidance, pooled[text]) for text in texts for sigma in recipe.sigmas if sigma > 0]
-    if not times:
+    if model.flux.is_prepared(times):
         return
     loader = model.placed.modulations()
     try:

@@ -68,8 +68,10 @@ def _loader(t5: T5, files: WeightFiles, device: torch.device) -> Streaming | Rea
     Each block is needed once in this process. Its pages stay in the page cache for the next command, unless that
     would push out what others have there: then they are given back.
     """
-    if device.type != "cpu":
-        return Streaming(t5.blocks, files, device, once=True, readers=readers_of(device_info(device)))
     block_bytes = sum(layout(block).bytes for block in t5.blocks)
-    fleeting = range(len(t5.blocks) if block_bytes > CACHE_SHARE * free_ram_bytes() else 0)
-    return ReadAhead(t5.blocks, files, frozenset(fleeting), lambda count: None, once=True)
+    fleeting = frozenset(range(len(t5.blocks) if block_bytes > CACHE_SHARE * free_ram_bytes() else 0))
+    if device.type == "cpu":
+        return ReadAhead(t5.blocks, files, fleeting, lambda count: None, once=True)
+    readers = readers_of(device_info(device))
+    torch.set_num_threads(1)  # where reading is a copy of torch's, each reader would have its own
+    return Streaming(t5.blocks, files, device, once=True, readers=readers, fleeting=fleeting)

@@ -87,6 +87,10 @@ class Flux:
         self.modulations = Modulations(self.blocks)
         self.loader: Loader = EveryBlockThere()
 
+    def is_prepared(self, times: Iterable[tuple[float, float | None, torch.Tensor]]) -> bool:
+        """Whether `prepare` would have nothing to compute for these."""
+        return self.modulations.knows(time_key(*time) for time in times)
+
     @torch.inference_mode()
     def prepare(self, times: Iterable[tuple[float, float | None, torch.Tensor]], loader: Loader) -> None:
         """Compute the modulations of forwards to come, given by sigma, guidance and pooled text [1, 768].

@@ -36,6 +36,7 @@ class VaeSession:
         self.vae = load_vae(checkpoint.part(weights, "vae"), WeightFiles(), self.device)
         self.dtype = pick_vae_dtype_name(dtype, self.device)
         self._vram, self._smaller, self._events = vram, smaller, events
+        self._again = bool(smaller)
         self._folder = spill_folder(os.environ)
         self._tiled: dict[str, TiledVae] = {}
 
@@ -73,7 +74,8 @@ class VaeSession:
 
     def _plan(self, passes: tuple[Pass, ...], dtype: str) -> VaePlan:
         info = device_info(self.device)
-        budget = budget_bytes(self._vram, info)
+        budget = budget_bytes(self._vram, info, again=self._again)
+        self._again = True
         plan = plan_vae(passes, dtype, budget, info, smaller=self._smaller)
         if info.kind != "cpu":
             keep_within(budget, self.device)

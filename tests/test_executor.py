@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fluxsplit.child_environment import child_environment, gfx_versions, is_rocm, needs_gfx_override
+from fluxsplit.child_environment import can_grow_segments, child_environment, gfx_versions, is_rocm, needs_gfx_override
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, OutOfMemory
 from fluxsplit.executor import StageProcess, run_stage, stage_command
 from fluxsplit.jobs import DecodeJob
@@ -300,3 +300,14 @@ def test_segments_grow_unless_the_person_says_otherwise_or_torch_is_amds(
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
         got = child_environment({name: "own"}, none)
         assert {key: value for key, value in got.items() if "ALLOC_CONF" in key} == {name: "own"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="segments grow on Linux alone")
+def test_segments_do_not_grow_under_wsl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = tmp_path / "osrelease"
+    for release, grows in (("6.6.87.2-microsoft-standard-WSL2", False), ("6.14.0-37-generic", True)):
+        kernel.write_text(release + "\n")
+        assert can_grow_segments(kernel) is grows
+    assert can_grow_segments(tmp_path / "none")
+    monkeypatch.setattr("fluxsplit.child_environment.can_grow_segments", lambda: False)
+    assert "PYTORCH_ALLOC_CONF" not in child_environment({}, tmp_path)

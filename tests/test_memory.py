@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -44,6 +46,30 @@ def test_what_is_no_amount_is_a_usage_error(text: str) -> None:
 def test_more_than_is_free_is_refused_with_the_figures() -> None:
     with pytest.raises(UsageError, match=r"--vram 12G is more than a card has: 11\.0 GB of 12\.9 GB are free"):
         budget_bytes("12G", CARD)
+
+
+def test_after_memory_ran_out_an_amount_is_a_bound() -> None:
+    """Another program may have taken of it meanwhile, and who gave no amount is not to be told of one."""
+    assert budget_bytes("8G", CARD, again=True) == 8_000_000_000
+    assert budget_bytes("12G", CARD, again=True) == budget_bytes("10.9G", CARD, again=True) == auto_bytes(CARD)
+    assert budget_bytes("75%", CARD, again=True) == budget_bytes("75%", CARD)
+
+
+@pytest.mark.parametrize(("integrated", "free"), [(True, 13_000_000_000), (False, 2_000_000_000)])
+def test_where_ram_is_the_cards_memory_cached_files_are_free(
+    monkeypatch: pytest.MonkeyPatch, integrated: bool, free: int
+) -> None:
+    chip = SimpleNamespace(name="a chip", is_integrated=integrated, major=8, multi_processor_count=16)
+    for name, value in (
+        ("mem_get_info", (2_000_000_000, 16_000_000_000)),
+        ("memory_reserved", 0),
+        ("memory_allocated", 0),
+        ("get_device_properties", chip),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr("fluxsplit.device.free_ram_bytes", lambda: 13_000_000_000)
+    info = device_info(torch.device("cuda", 0))
+    assert (info.free_bytes, info.unified) == (free, integrated)
 
 
 def test_a_forgotten_unit_is_asked_for() -> None:

@@ -13,7 +13,7 @@ from small_flux import image, write_conditioning, write_flux
 from fluxsplit import checkpoint
 from fluxsplit.errors import UsageError
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import MemoryPlan, plan_memory, smaller_budget
+from fluxsplit.memory_plan import ONCE_PIECE_BYTES, PIECE_BYTES, MemoryPlan, plan_memory, smaller_budget
 from fluxsplit.model_sizes import Block, Model, read_model
 from fluxsplit.work import Work, text_tokens, tokens_of, work_of
 
@@ -84,6 +84,20 @@ def test_segments_that_do_not_grow_take_room_too() -> None:
     parts = rigid.scratch_bytes + rigid.activation_bytes + rigid.state_bytes + rigid.resident_bytes
     assert rigid.peak_bytes == rigid.base_bytes + parts + rigid.slots * rigid.slot_bytes
     assert plan(2, device=replace(CPU, growing_segments=False)).peak_bytes == plan(2, device=CPU).peak_bytes
+
+
+def test_what_a_chip_takes_of_the_ram_is_no_room_for_the_page_cache() -> None:
+    chip = replace(CARD, unified=True, ram_bytes=6 * GB)
+    assert not plan(5.5, device=replace(chip, unified=False)).fleeting
+    assert len(plan(5.5, device=chip).fleeting) >= len(plan(5.5, device=chip).streamed) - 1
+
+
+def test_few_readers_have_two_pieces_each() -> None:
+    def pinned(cores: int) -> tuple[int, int]:
+        got = plan(6, device=replace(CARD, processor_cores=cores))
+        return got.readers, got.pinned_bytes // (PIECE_BYTES + ONCE_PIECE_BYTES)
+
+    assert [pinned(cores) for cores in (2, 4, 6, 7, 16)] == [(1, 2), (2, 4), (4, 8), (5, 5), (6, 6)]
 
 
 def test_modulations_of_every_step_and_text_are_ram() -> None:

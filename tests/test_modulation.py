@@ -18,6 +18,7 @@ from fluxsplit import checkpoint, fp8
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.loading import EveryBlockThere
 from fluxsplit.model_sizes import MODULATION
+from fluxsplit.modulation import Modulations
 from fluxsplit.stored_layers import Scratch, StoredLinear
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
@@ -118,6 +119,39 @@ def test_what_was_not_prepared_is_computed_all_the_same(tmp_path: Path, text: Co
     assert all(torch.equal(a, b) for a, b in zip(flux.velocities(asked), wanted, strict=True))
 
 
+def test_what_is_known_is_not_computed_again(tmp_path: Path, text: Conditioning, uses: list[str]) -> None:
+    flux, _ = load(write_flux(tmp_path / "flux"), torch.float32)
+    asked = forwards(text, None)
+    wanted = flux.velocities(asked)
+    flux.prepare(times(asked[1:]), EveryBlockThere())
+    assert flux.is_prepared(times(asked[1:])) and not flux.is_prepared(times(asked))
+    given: list[int] = []
+    each = StoredLinear.each
+
+    def counting(self: StoredLinear, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        given.append(len(xs))
+        return each(self, xs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredLinear, "each", counting)
+        flux.modulations.compute({key: torch.zeros(1, 1) for key in flux.modulations._known}, EveryBlockThere())
+        assert not given
+    flux.prepare(times(asked), EveryBlockThere())
+    uses.clear()
+    assert all(torch.equal(a, b) for a, b in zip(flux.velocities(asked), wanted, strict=True))
+    assert not any(map(is_modulation, uses))
+
+
+def test_pictures_of_the_same_steps_and_text_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, text = write_flux(tmp_path / "flux"), write_conditioning(tmp_path / "text", 0)
+    monkeypatch.setattr("fluxsplit.stage_sample.PREPARED_TOGETHER", 1)
+    seen: list[int] = []
+    compute = Modulations.compute
+    monkeypatch.setattr(Modulations, "compute", lambda *given: (seen.append(1), compute(*given)))
+    sample(path, [image(text, seed, steps=2) for seed in range(5)], tmp_path / "out")
+    assert len(seen) == 1
+
+
 def test_no_block_holds_its_modulation_matrices(tmp_path: Path) -> None:
     flux, _ = load(write_flux(tmp_path / "flux"), torch.float32)
     names = [place.linear.name for block in flux.blocks for place in layout(block).places]
@@ -162,7 +196,7 @@ def test_one_expansion_serves_many_with_the_bits_of_each(monkeypatch: pytest.Mon
 
 def test_many_pictures_are_prepared_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, text = write_flux(tmp_path / "flux"), write_conditioning(tmp_path / "text", 0)
-    images = [image(text, seed, steps=1 + seed % 2) for seed in range(5)]
+    images = [image(text, seed, steps=1 + seed) for seed in range(5)]
     _, recorder = sample(path, images, tmp_path / "together")
     monkeypatch.setattr("fluxsplit.stage_sample.PREPARED_TOGETHER", 2)
     prepared: list[int] = []
@@ -174,7 +208,7 @@ def test_many_pictures_are_prepared_some_at_a_time(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Flux, "prepare", noting)
     _, again = sample(path, images, tmp_path / "again", plan={"together": 1})
-    assert prepared == [3, 3, 1]
+    assert prepared == [3, 7, 5]
     wanted, got = by_seed(recorder), by_seed(again)
     assert all(torch.equal(wanted[seed], got[seed]) for seed in range(5))
 
