@@ -147,6 +147,13 @@ def read_stdin() -> list[str]:
     return _decoded(data, "stdin")
 
 
+def read_names() -> list[str]:
+    """The file names on stdin: one a line, or divided by NUL (`find -print0`), in any encoding that files have here."""
+    data = sys.stdin.buffer.read(MAX_INPUT_CHARS) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    text = data.decode("utf-8-sig", "surrogateescape")
+    return text.split("\0") if "\0" in text else text.splitlines()
+
+
 def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path]], what: str) -> list[Path]:
     """Files in the order given, each once: files, what `in_folder` finds in folders, and the lines of stdin for `-`.
 
@@ -154,7 +161,7 @@ def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path
     """
     files: dict[Path, None] = {}
     for name in names:
-        found = [Path(line) for line in read_stdin() if line] if name == "-" else named(name)
+        found = [Path(line) for line in read_names() if line] if name == "-" else named(name)
         for path in found:
             files.update(dict.fromkeys(in_folder(path) if path.is_dir() else [path]))
     if not files:
@@ -177,9 +184,18 @@ def named(word: str) -> list[Path]:
     return matching
 
 
+def is_overview(file: Path) -> bool:
+    """Whether a file is a contact sheet or a peek of ours by its name, and not a picture to go on with."""
+    return file.name == "sheet.png" or file.name.endswith((".peek.png", ".peek.jpg"))
+
+
 def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
-    """Files in `folder` of these suffixes, in any case, by name; raises UsageError where there is none."""
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.is_file())
+    """Files in `folder` of these suffixes, in any case, by name, without overviews; raises UsageError for none."""
+    found = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in suffixes and file.is_file() and not is_overview(file)
+    )
     if not found:
         raise UsageError(f"{folder} holds no {what}", f"{what}s end in {', '.join(suffixes)}")
     return found

@@ -193,8 +193,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     words = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
         with suppress(AttributeError, OSError, ValueError):
-            if os.name == "posix":
-                stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+            if os.name == "posix":  # names are bytes, and go out as they came in, whatever the locale
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
             else:  # in pipes and files UTF-8, as we read it, and not the old code page
                 encoding = None if stream.isatty() else "utf-8"
                 stream.reconfigure(encoding=encoding, errors="replace")  # type: ignore[union-attr]
@@ -205,7 +205,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(error.line(), error, "--debug" in words)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        _say_interrupted()
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except SystemExit as ended:  # typer makes one of a KeyboardInterrupt
+        if ended.code == INTERRUPTED_EXIT_CODE:
+            _say_interrupted()
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         sys.exit(1)
@@ -215,6 +220,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         )
         sys.exit(1)
     sys.exit(0)
+
+
+def _say_interrupted() -> None:
+    """On a line of its own, not behind the terminal's ^C."""
+    with suppress(AttributeError, OSError, ValueError):  # as where the terminal is gone
+        newline = "\n" if sys.stderr.isatty() else ""
+        print(f"{newline}fluxsplit: interrupted", file=sys.stderr)
 
 
 def _fail(line: str, error: BaseException, debug: bool) -> None:

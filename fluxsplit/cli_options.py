@@ -105,7 +105,10 @@ LowFrequencyGuidance = Annotated[
     ),
 ]
 PreviewSize = Annotated[
-    str | None, typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [512x512]")
+    str | None,
+    typer.Option(
+        "--size", metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [512x512; demo model 256x256]"
+    ),
 ]
 PreviewCount = Annotated[
     int | None,

@@ -13,7 +13,7 @@ from fluxsplit.arguments import check_choice, check_device
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_encode import encode_events
-from fluxsplit.cli_sample import run_sample, wanted_files
+from fluxsplit.cli_sample import run_sample, undecoded_told, wanted_files
 from fluxsplit.cli_upscale import upscale_options
 from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
@@ -74,7 +74,8 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
     parents: dict[str, tuple[str, str]] = {}
     for plan, named in _plans(_with_latents(orders, values, out, progress), values, out):
         latents: list[str] = []
-        run_sample(plan, progress, lambda event, made=latents: made.append(event["path"]))  # type: ignore[misc]
+        with undecoded_told(latents, out, progress):
+            run_sample(plan, progress, lambda event, made=latents: made.append(event["path"]))  # type: ignore[misc]
         parents |= {latent: named[_stem(latent)] for latent in latents if _stem(latent) in named}
         parents |= {latent: ("", "") for latent in latents if latent not in parents}
     if parents:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def run_sample_and_taef1(plan: Plan, progress: Progress) -> int:
     return code
 
 
+@contextmanager
+def undecoded_told(latents: list[str], pictures: Path, progress: Progress) -> Iterator[None]:
+    """Where sampling is ended early, say how `latents`, which are finished, become `pictures`."""
+    try:
+        yield
+    except BaseException:
+        if latents:
+            names = shlex.join(latents) if len(latents) == 1 else shlex.quote(str(Path(latents[0]).parent))
+            progress.note(
+                f"{len(latents)} finished, without their pictures yet; to have them: "
+                f"fluxsplit decode {names} --out {shlex.quote(str(pictures))}"
+            )
+        raise
+
+
 def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, Any]], None] | None = None) -> int:
     """Encode, then sample; returns the exit code. Results are shown, or given to `on_result`.
 
@@ -216,13 +232,19 @@ def _check_demo(given: dict[str, Any], wanted: Wanted) -> None:
 def _images(values: dict[str, Any], notes: list[str]) -> list[ImageJob]:
     """Every prompt with every seed; what is left to the model's own defaults is None."""
     cfg, negative = float(values.get("cfg", 1.0)), check_prompt(values.get("negative", ""))
-    check_range("cfg", cfg, 0, 1000)
+    if 0 <= cfg < 1:
+        raise UsageError(
+            f"--cfg {cfg:g} would lead away from the prompt", "give --cfg 1 for no true guidance, which is the default"
+        )
+    check_range("cfg", cfg, 1, 1000)
     if negative and cfg == 1:
         raise UsageError(
             "a negative prompt has no effect with --cfg 1, which never computes it",
             "give --cfg 2 or so (each step then takes twice as long), or drop --negative",
         )
     conditioning, prompts = _conditioning_and_prompts(values, cfg)
+    if any("<lora:" in prompt for prompt in prompts):
+        notes.append("a LoRA is named in the prompt; fluxsplit has none, and reads its name as text")
     seeds = parse_seeds(values.get("seed") or [_drawn(notes)], values.get("count", 1))
     if len(prompts) * len(seeds) > MAX_IMAGES:
         raise UsageError(f"{len(prompts)} prompts with {len(seeds)} seeds are over {MAX_IMAGES} images in one run")
@@ -276,11 +298,15 @@ def _conditioning_and_prompts(values: dict[str, Any], cfg: float) -> tuple[str, 
             f"--cfg {cfg:g} needs the text encoders for its negative prompt, which --conditioning does without",
             "drop --cfg, or give the prompt instead of --conditioning",
         )
-    prompts = gather_prompts(given, file) if given or file else [conditioning_prompt(conditioning)]
+    made_of = conditioning_prompt(conditioning)
+    prompts = gather_prompts(given, file) if given or file else [made_of]
     if len(prompts) > 1:
         raise UsageError(f"--conditioning stands for one prompt, {len(prompts)} are given", "give one at most")
-    if given or file:
-        conditioning_prompt(conditioning)
+    if made_of and prompts != [made_of]:
+        raise UsageError(
+            f"{conditioning.name} was made of the prompt {made_of[:60]!r}, not of {prompts[0][:60]!r}",
+            "drop --prompt, or --conditioning",
+        )
     return absolute(conditioning), prompts
 
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.errors import DiskFull, FluxsplitError
 
 Bytes = bytes | bytearray | memoryview
 PART_SUFFIX = ".part"
@@ -355,7 +355,7 @@ def _explained(error: OSError, path: Path, needed_bytes: int) -> FluxsplitError:
         except OSError:
             free = ""
         need = f"at least {_size(needed_bytes)} are needed{free}"
-        return FluxsplitError(f"cannot write {path}: the disk is full", f"{need}; free some space and run again")
+        return DiskFull(f"cannot write {path}: the disk is full", f"{need}; free some space and run again")
     hint = {
         errno.EFBIG: f"the filesystem or a limit of this account allows no file of {_size(needed_bytes)}",
         errno.EACCES: "choose a folder that this account may write to",

@@ -51,6 +51,15 @@ class DoesNotFit(OutOfMemory):
     """No plan of one item fits its budget; nothing was computed, and others may fit."""
 
 
+class DiskFull(FluxsplitError):
+    """A file cannot be written for want of room, and the next one neither."""
+
+
+def ends_all(error: FluxsplitError) -> bool:
+    """Whether the items that follow would meet it too: memory that ran out, a disk that is full."""
+    return isinstance(error, DiskFull) or (isinstance(error, OutOfMemory) and not isinstance(error, DoesNotFit))
+
+
 _MEMORY_WORDS = (
     "out of memory",
     "can't allocate memory",

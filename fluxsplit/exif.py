@@ -1,4 +1,4 @@
-"""EXIF, read within bounds: the few text tags in which tools keep a prompt, from a TIFF block.
+"""EXIF, read within bounds: the few text tags in which tools keep a prompt and the orientation, from a TIFF block.
 
 Format: TIFF 6.0 section 2 and Exif 2.32. Only the first directory and its Exif directory are read; offsets may
 point anywhere, so every one is checked, and nothing is followed twice.
@@ -12,6 +12,7 @@ from fluxsplit.errors import FluxsplitError
 
 IMAGE_DESCRIPTION, MAKE, MODEL, SOFTWARE = 0x010E, 0x010F, 0x0110, 0x0131
 USER_COMMENT, MAKER_NOTE = 0x9286, 0x927C
+ORIENTATION = 0x0112
 EXIF_DIRECTORY = 0x8769
 _TEXT_TAGS = {IMAGE_DESCRIPTION, MAKE, MODEL, SOFTWARE, USER_COMMENT, MAKER_NOTE}
 _BYTES_BY_TYPE = {1: 1, 2: 1, 7: 1}  # BYTE, ASCII, UNDEFINED
@@ -20,7 +21,7 @@ MAX_VALUE_BYTES = 4 << 20
 
 
 def read_exif(data: bytes) -> dict[int, bytes]:
-    """The text tags of an EXIF block (with or without its `Exif` mark), raw, by number.
+    """The text tags of an EXIF block (with or without its `Exif` mark), raw, by number; the orientation as one byte.
 
     Raises FluxsplitError, whose message goes on from a file's name, where the block is not TIFF or points outside.
     """
@@ -47,6 +48,8 @@ def _directory(data: bytes, order: str, at: int, tags: dict[int, bytes]) -> int:
         tag, kind, length = struct.unpack_from(order + "HHI", data, entry)
         if tag == EXIF_DIRECTORY:
             exif_at = _number(data, order, entry + 8)
+        if tag == ORIENTATION and (kind, length) == (3, 1):
+            tags.setdefault(tag, bytes([min(255, struct.unpack_from(order + "H", data, entry + 8)[0])]))
         if tag not in _TEXT_TAGS or kind not in _BYTES_BY_TYPE:
             continue
         start = entry + 8 if length <= 4 else _number(data, order, entry + 8)

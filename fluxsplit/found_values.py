@@ -130,7 +130,7 @@ def sampler_of(name: Any) -> tuple[str | None, str | None]:
     if plain in _SAMPLERS:
         return _SAMPLERS[plain], None
     for known, ours in _SAMPLERS.items():
-        if plain.startswith(known) and scheduler_of(plain[len(known) :])[1] is None and plain[len(known) :]:
+        if plain.startswith(known) and plain[len(known) :] in (*_SCHEDULERS, "karras", "exponential"):
             return ours, None
     return "euler", f"sampler {text[:40]!r} is not one of fluxsplit's; euler stands in for it"
 

@@ -19,6 +19,8 @@ from fluxsplit.recipe import VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.safetensor_header import read_header
 from fluxsplit.torch_file import ZIP_MAGIC
 
+HASH_DIGITS = 16
+"""Of a weight file's hash, for people; `--json` has all of them."""
 _OTHER_PICTURES = ((b"RIFF", "a RIFF file, but no WebP"), (b"GIF8", "a GIF"), (b"%!PS", "PostScript"))
 _LATENT_TENSORS = {COMFY_TENSOR, "latents", "samples"}
 _CONDITIONING_TENSORS = {"t5", "pooled"}
@@ -193,7 +195,7 @@ def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _stamp(stamp: WeightsStamp) -> str:
-    return f"{stamp.name} (sha256 {stamp.sha256})" if stamp.sha256 else stamp.name
+    return f"{stamp.name} (sha256 {stamp.sha256[:HASH_DIGITS]})" if stamp.sha256 else stamp.name
 
 
 def _table(table: Mapping[str, str]) -> str:

@@ -119,6 +119,8 @@ def find_named(name: str, kind: str, comfyui: Path | None) -> Path:
                 if name in (file.name, file.stem):
                     return file
     where = f"it is neither a path nor in {_listed(looked)}" if looked else "there is no such file or folder"
+    if not path.is_absolute() and name.count("/") == 1 and not name.endswith(places.WEIGHT_SUFFIXES):
+        where += ", and fluxsplit fetches none from the hub"
     raise ModelFileMissing(f"{_FLAGS[kind]} {name}: {where}", _PUBLISHED[kind])
 
 

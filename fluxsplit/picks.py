@@ -141,8 +141,8 @@ def _decision(line: bytes) -> Pick:
     except UnicodeDecodeError:
         raise FluxsplitError("is not UTF-8") from None
     names = [field.name for field in fields(Pick)]
-    if not isinstance(value, dict) or set(value) != set(names):
-        raise FluxsplitError(f"is not an object of {', '.join(names)}")
+    if not isinstance(value, dict) or not {"image", "pick"} <= set(value) <= set(names):
+        raise FluxsplitError(f"is not an object of {', '.join(names)}, of which the first two are needed")
     if not isinstance(value["image"], str) or not isinstance(value["pick"], str | None):
         raise FluxsplitError("image is not a text, or pick neither a text nor null")
     return Pick(**value)

@@ -7,12 +7,12 @@ container specification). What is not text is skipped, and what is read is bound
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from fluxsplit.errors import FluxsplitError, UsageError
-from fluxsplit.exif import read_exif
+from fluxsplit.exif import ORIENTATION, read_exif
 from fluxsplit.png_text import SIGNATURE, read_png
 
 XMP_KEY = "XML:com.adobe.xmp"
@@ -30,6 +30,7 @@ class PictureText:
     container: str
     """`PNG`, `JPEG` or `WebP`."""
     width: int
+    """Upright, as shown."""
     height: int
     texts: dict[str, str] = field(default_factory=dict)
     """Of a PNG, by keyword."""
@@ -76,7 +77,7 @@ def read_picture_text(path: str | Path) -> PictureText:
     if not kind:
         raise FluxsplitError(f"{path.name} is no PNG, JPEG or WebP picture")
     if kind == "PNG":
-        return _in_png(path)
+        return _upright(_in_png(path))
     try:
         with path.open("rb") as file:
             found = _in_jpeg(file) if kind == "JPEG" else _in_webp(file)
@@ -86,6 +87,13 @@ def read_picture_text(path: str | Path) -> PictureText:
         raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
     except FluxsplitError as error:
         raise FluxsplitError(f"{path.name} {error.message}", error.hint) from None
+    return _upright(found)
+
+
+def _upright(found: PictureText) -> PictureText:
+    """With the sides as they are shown: orientations 5 to 8 lie on their side (Exif 2.32, 4.6.5)."""
+    if found.exif.get(ORIENTATION, b"\1")[0] in range(5, 9):
+        return replace(found, width=found.height, height=found.width)
     return found
 
 

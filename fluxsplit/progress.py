@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 NOTE_EVERY_S = 10.0
+ROOM_COLUMNS = 3
+"""Left free beside the bars, for the `^C` of a terminal, which would wrap to a line that nobody wipes."""
 FORMAT_VARIABLE = "FLUXSPLIT_PROGRESS"
 
 
@@ -188,11 +190,13 @@ class Bars:
         from rich.progress import Progress as RichProgress  # noqa: PLC0415
 
         self._tasks: dict[str, Any] = {}
+        console = Console(file=stream)
+        console.width = max(20, console.width - ROOM_COLUMNS)
         self._bars = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
-            console=Console(file=stream),
+            console=console,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,

@@ -18,6 +18,7 @@ from fluxsplit.arguments import (
     check_choice,
     check_prompt,
     check_range,
+    draw_seed,
     parse_seeds,
     parse_shift,
     parse_sigmas,
@@ -103,7 +104,7 @@ def images_of(
             noise_index=given.get("noise_index", found.noise_index) or 0,
             **levels,
         )
-        for seed in _seeds(found, given)
+        for seed in _seeds(found, given, told)
     ]
 
 
@@ -123,15 +124,22 @@ def new_size(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[
     if not width or not height:
         raise UsageError("its size is not known", "give --size")
     if given.get("scale") is None:
+        if found.tool is None:
+            return _rounded(width, height, 1.0, told)
         check_size(width, height)
         return width, height
     scale = given["scale"]
     if not (math.isfinite(scale) and 0 < scale <= MAX_SCALE):
         raise UsageError(f"--scale {scale:g} is not above 0 and up to {MAX_SCALE:g}")
+    return _rounded(width, height, scale, told)
+
+
+def _rounded(width: int, height: int, scale: float, told: Told) -> tuple[int, int]:
     size = tuple(max(2, round(side * scale / VAE_FACTOR)) * VAE_FACTOR for side in (width, height))
     check_size(size[0], size[1])
     if size != (width * scale, height * scale):
-        told.assumed.append(f"size {size[0]}x{size[1]}, the multiple of 8 nearest to {scale:g} times its own")
+        times = f"{scale:g} times its own" if scale != 1 else "its own"
+        told.assumed.append(f"size {size[0]}x{size[1]}, the multiple of 8 nearest to {times}")
     return size[0], size[1]
 
 
@@ -210,9 +218,13 @@ def known_noise(found: FoundRecipe, given: Mapping[str, Any]) -> tuple[NoiseGrid
     return (*before, own)[-MAX_GRIDS:] if len(before) < MAX_GRIDS else ()
 
 
-def _seeds(found: FoundRecipe, given: Mapping[str, Any]) -> list[int]:
+def _seeds(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> list[int]:
     if given.get("seed"):
         return parse_seeds(given["seed"], 1)
+    if found.seed is None and found.tool is None:  # a photo, of which nothing is to be repeated
+        seed = draw_seed()
+        told.assumed.append(f"seed {seed} (--seed)")
+        return [seed]
     if found.seed is None:
         raise UsageError("it does not say its seed", "give --seed")
     return [found.seed]
@@ -238,6 +250,8 @@ def _texts(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[st
             )
         told.assumed.append("no negative prompt: with cfg 1 it does nothing")
         negative = ""
+    if "<lora:" in prompts[0]:
+        told.warnings.append("a LoRA is named in the prompt; fluxsplit has none, and reads its name as text")
     return check_prompt(prompts[0]), negative, float(cfg)
 
 
@@ -293,7 +307,7 @@ def described(found: FoundRecipe) -> str:
     """What a file says, in one line for people."""
     parts = [found.tool or "no recipe"]
     if found.prompt is not None:
-        parts.append(f"prompt {found.prompt[:60]!r}")
+        parts.append(f"prompt {found.prompt if len(found.prompt) <= 60 else found.prompt[:59] + '…'!r}")
     if found.seed is not None:
         parts.append(f"seed {found.seed}")
     if found.width and found.height:
@@ -312,5 +326,5 @@ def described(found: FoundRecipe) -> str:
 
 def require_recipe(found: FoundRecipe, given: Mapping[str, Any]) -> None:
     """Raise where a file says nothing, and the flags do not say it instead."""
-    if found.tool is None and not (given.get("prompt") and given.get("seed")):
-        raise FluxsplitError("it does not say how it was made", "give --prompt and --seed")
+    if found.tool is None and not given.get("prompt"):
+        raise FluxsplitError("it does not say how it was made", "give --prompt")

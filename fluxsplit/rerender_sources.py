@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.arguments import named, read_stdin
+from fluxsplit.arguments import is_overview, named, read_names
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.latents import SUFFIXES, read_latent
 from fluxsplit.metadata import ImageRecord, read_record
@@ -18,14 +18,13 @@ ENCODED = "encoded"
 """Folder below it, of pictures that had no latent any more."""
 PICKS_FOLDER = "previews"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_SHEETS = ("sheet.png",)
 
 
 def gather(values: Mapping[str, Any]) -> list[Path]:
     """The pictures and latents that are named: files, globs, folders, picks, and the lines of stdin for `-`."""
     files: dict[Path, None] = {}
     for name in (*values.get("images", ()), *values.get("from", ())):
-        for word in read_stdin() if name == "-" else [name]:
+        for word in read_names() if name == "-" else [name]:
             files.update(dict.fromkeys(_named(word)) if word else {})
     if values.get("from_picks"):
         files.update(dict.fromkeys(_picked(Path(values["from_picks"]).expanduser())))
@@ -38,14 +37,14 @@ def _named(word: str) -> list[Path]:
     path = Path(word).expanduser()
     if path.is_dir():
         suffixes = (*_PICTURES, *SUFFIXES.values())
-        held = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.name not in _SHEETS)
+        held = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and not is_overview(file))
         if not held:
             raise UsageError(f"{path} holds no picture and no latent", f"they end in {', '.join(suffixes)}")
         return held
     matching = named(word)
     if matching == [path]:
         return matching
-    return [file for file in matching if file.is_file() and file.name not in _SHEETS]
+    return [file for file in matching if file.is_file() and not is_overview(file)]
 
 
 def _picked(folder: Path) -> list[Path]:

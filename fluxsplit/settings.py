@@ -291,7 +291,9 @@ def _environment_tables(environment: Mapping[str, str]) -> dict[str, Values]:
         if not variable.startswith(PREFIX) or variable in _OTHER_VARIABLES:
             continue
         if variable not in names:
-            raise UsageError(f"environment variable {variable} is not a setting", nearest(variable, names))
+            of_commands = [name for name in names if name.endswith("_" + variable.removeprefix(PREFIX))]
+            hint = f"it is {' or '.join(of_commands[:3])}" if of_commands else nearest(variable, names)
+            raise UsageError(f"environment variable {variable} is not a setting", hint)
         table, key = names[variable]
         tables.setdefault(table, {})[key] = _read(key, value, DEFAULTS[table][key], f"the environment ({variable})")
     return tables

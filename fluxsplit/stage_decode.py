@@ -11,7 +11,7 @@ import torch
 from fluxsplit import durable, metadata
 from fluxsplit.beside import thread_beside
 from fluxsplit.device import device_name
-from fluxsplit.errors import DoesNotFit, FluxsplitError, OutOfMemory
+from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import DecodeJob
@@ -45,13 +45,14 @@ def run(job: DecodeJob, events: Events) -> None:
                 if job.delete_latents:
                     _delete(path, events)
             except FluxsplitError as error:
-                if isinstance(error, OutOfMemory) and not isinstance(error, DoesNotFit):
+                if ends_all(error):
                     raise
                 failed += 1
                 events.send("failed", item=path, message=error.message, hint=error.hint)
         if beside:
             events.send(
-                "note", text=f"{beside} written beside pictures that were there (-2.png); --overwrite replaces them"
+                "note",
+                text=f"{beside} written beside pictures that were there (numbered); --overwrite replaces them",
             )
         events.send("decode", done=total, total=total, failed=failed)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fluxsplit import latents, picture_file
-from fluxsplit.errors import DoesNotFit, FluxsplitError, OutOfMemory
+from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
 from fluxsplit.jobs import EncodeJob
 from fluxsplit.picture_file import Picture
@@ -30,7 +30,7 @@ def run(job: EncodeJob, events: Events) -> None:
             written = latents.write_latent(job.out, Path(path).stem, payload, shape, None, format=job.format)
             events.send("result", path=str(written), recipe=None)
         except FluxsplitError as error:
-            if isinstance(error, OutOfMemory) and not isinstance(error, DoesNotFit):
+            if ends_all(error):
                 raise
             failed += 1
             events.send("failed", item=path, message=error.message, hint=error.hint)

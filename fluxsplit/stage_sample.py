@@ -21,7 +21,7 @@ from fluxsplit.checkpoint import Contents, Part
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.conditioning_cache import stamps_in
 from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_dtype
-from fluxsplit.errors import FluxsplitError, OutOfMemory, is_out_of_memory
+from fluxsplit.errors import FluxsplitError, OutOfMemory, ends_all, is_out_of_memory
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
@@ -166,6 +166,8 @@ def _reporting(job: SampleJob, number: int, events: Events) -> Iterator[None]:
     try:
         yield
     except FluxsplitError as error:
+        if ends_all(error):
+            raise
         image = job.images[number]
         item = f"seed {image.seed}: {image.prompt[:60]}"
         events.send("failed", number=number, item=item, message=error.message, hint=error.hint)

@@ -13,7 +13,7 @@ from PIL import Image
 from fluxsplit import durable, metadata, picture_file
 from fluxsplit.device import DTYPE_NAMES, device_info, has_fast_bf16, pick_device
 from fluxsplit.device import DTYPES as TORCH_DTYPES
-from fluxsplit.errors import FluxsplitError, OutOfMemory
+from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import UpscaleJob
@@ -48,9 +48,9 @@ def run(job: UpscaleJob, events: Events) -> None:
             network.compute_in(_dtype(job, network, device))  # a picture before may have needed fp32
             try:
                 _upscale(here, path, number)
-            except OutOfMemory:
-                raise
             except FluxsplitError as error:
+                if ends_all(error):
+                    raise
                 events.send("failed", item=path, message=error.message, hint=error.hint)
 
 

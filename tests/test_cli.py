@@ -181,6 +181,7 @@ def test_prompts_from_a_file_and_from_stdin(run: Run, home: Path) -> None:
         (["-p", "a", "-n", "0"], "count 0 is outside 1..10000"),
         (["-p", "a", "--negative", "b"], "a negative prompt has no effect with --cfg 1"),
         (["-p", "a", "--cfg", "nan"], "--cfg nan is outside"),
+        (["-p", "a", "--cfg", "0"], "give --cfg 1 for no true guidance"),
         (["-p", "a", "--sigmas", "1,2,0"], "do not fall from at most 1 to 0"),
         (["-p", "a", "--sigmas", "1,x,0"], "are not numbers"),
         (["-p", "a", "--sigmas", "1,0", "--steps", "4"], "2 sigmas make 1 steps, not 4"),
@@ -263,7 +264,9 @@ def test_a_conditioning_needs_no_text_stage(run: Run, tmp_path: Path) -> None:
     assert [entry["stage"] for entry in ran.log if entry["what"] == "start"] == ["sample"]
     assert {(image["prompt"], image["conditioning"]) for image in ran.images} == {("a fox", str(file))}
     assert ran.job("sample")["files"]["text_encoder"] == ""
-    assert run("sample", "-m", model, "--conditioning", file, "-p", "label").images[0]["prompt"] == "label"
+    assert run("sample", "-m", model, "--conditioning", file, "-p", "a fox").images[0]["prompt"] == "a fox"
+    other = run("sample", "-m", model, "--conditioning", file, "-p", "a dog")
+    assert other.code == 2 and "made of the prompt 'a fox', not of 'a dog'" in other.err
     assert run("sample", "-m", model, "--conditioning", file, "-p", "a", "-p", "b").code == 2
 
 
@@ -568,6 +571,17 @@ def test_every_flag_is_a_setting(command: str) -> None:
     assert flags - {"debug", "help"} == set(WORKFLOW[command])
 
 
+def test_names_on_stdin_may_be_divided_by_nul(run: Run) -> None:
+    latents = run("sample", "-p", "a fox", "--seed", "1..2").out
+    for between in ("\n", "\0"):
+        assert len(run("info", "--json", "-", stdin=between.join([*latents, ""])).out) == 2
+
+
+def test_a_lora_in_a_prompt_is_told(run: Run) -> None:
+    assert "fluxsplit has none" in run("sample", "-p", "a fox <lora:detail:0.8>").err
+    assert "LoRA" not in run("sample", "-p", "a fox").err
+
+
 def test_info(run: Run, tmp_path: Path) -> None:
     latent = run("sample", "-p", "a fox", "--seed", "1").out[0]
     ran = run("info", latent)
@@ -636,7 +650,7 @@ def test_interruption_ends_the_stages_and_leaves_nothing(home: Path, tmp_path: P
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert out == "" and "Traceback" not in err
+    assert out == "" and "Traceback" not in err and err.endswith("fluxsplit: interrupted\n")
     for entry in map(json.loads, log.read_text().splitlines()):
         with pytest.raises(ProcessLookupError):
             os.kill(entry["pid"], 0)

@@ -249,6 +249,14 @@ def test_what_cannot_be_done_is_one_line(run: Run, home: Path, words: list[str],
     assert len(ran.err.strip().splitlines()) == 1 and not ran.log
 
 
+def test_a_photo_with_a_prompt_gets_a_seed_a_size_and_stands_upright(run: Run, home: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (301, 203)).save(home / "photo.jpg", exif=exif)
+    ran = run("rerender", "--from", "photo.jpg", "-p", "a fox", "-m", "demo", "--dry-run")
+    assert ran.code == 0 and "renders at 200x304" in ran.err and "(--seed)" in ran.err
+
+
 def test_one_bad_picture_does_not_stop_the_rest(run: Run, home: Path) -> None:
     preview(home / "previews", "0001")
     (home / "previews" / "0002.png").write_bytes(b"no picture")

@@ -87,6 +87,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_folder_stands_for_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("mine")
+    for name in ("sheet.png", "a.peek.png"):
+        ours(tmp_path / "in" / name)
     for name in ("b.png", "a.png"):
         ours(tmp_path / "in" / name)
     assert run_export([str(tmp_path / "in")], "web", str(tmp_path / "out"), True) == 0

@@ -77,6 +77,8 @@ def test_assumptions_are_named() -> None:
     assert sampler == "euler"
     assert "Euler a" in (note or "")
     assert sampler_of("DPM++ 2M Beta") == ("dpmpp_2m", None)
+    assert sampler_of("DPM++ 2M Karras") == ("dpmpp_2m", None), "the schedule is told of elsewhere"
+    assert sampler_of("DPM++ 2M SDE")[0] == "euler"
     assert scheduler_of("karras")[0] == "simple"
     found = read_comfy(json.dumps(API), "")
     assert any("batch of 4" in note for note in found.notes)

@@ -119,6 +119,8 @@ def test_a_model_that_is_not_there(comfyui: Path) -> None:
     with pytest.raises(ModelFileMissing) as caught:
         resolve(Wanted(model="nope.safetensors"), SAMPLE)
     assert "no such file" in caught.value.line() and "Comfy-Org/flux1-schnell" in caught.value.line()
+    with pytest.raises(ModelFileMissing, match="fetches none from the hub"):
+        resolve(Wanted(model="black-forest-labs/FLUX.1-schnell"), SAMPLE)
     with pytest.raises(ModelFileMissing, match=r"neither a path nor in .*models/unet"):
         resolve(Wanted(model="nope.safetensors", comfyui=str(comfyui)), SAMPLE)
 

@@ -99,6 +99,11 @@ HOSTILE = {
 }
 
 
+def test_a_line_by_hand_needs_no_stars_and_no_time(tmp_path: Path) -> None:
+    write(tmp_path, '{"image": "0007.png", "pick": "pick"}\n')
+    assert read_picks(tmp_path)["0007.png"].pick == "pick"
+
+
 @pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE)
 def test_a_line_that_was_never_written_is_an_error_with_its_number(tmp_path: Path, line: str) -> None:
     write(tmp_path, f"{GOOD}\n{line}\n{GOOD}\n")

@@ -77,6 +77,9 @@ def test_an_unknown_variable_is_refused(home: dict[str, str], tmp_path: Path) ->
     with pytest.raises(UsageError) as caught:
         defaults("sample", home | {"FLUXSPLIT_MODLE": "x"}, tmp_path)
     assert caught.value.line() == "environment variable FLUXSPLIT_MODLE is not a setting; did you mean FLUXSPLIT_MODEL?"
+    with pytest.raises(UsageError) as caught:
+        defaults("sample", home | {"FLUXSPLIT_SIZE": "64x64"}, tmp_path)
+    assert caught.value.hint == "it is FLUXSPLIT_SAMPLE_SIZE or FLUXSPLIT_PREVIEW_SIZE"
     with pytest.raises(UsageError, match="FLUXSPLIT_SAMPLE_STEPS"):
         defaults("sample", home | {"FLUXSPLIT_SAMPLE_STEPS": "four"}, tmp_path)
 
