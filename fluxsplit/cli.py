@@ -121,7 +121,7 @@ def export(
     target: Annotated[
         str, typer.Option("--for", metavar="pixelfed|civitai|web", help="Where the copies are to be shown.")
     ],
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the copies go.")] = "exports",
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the copies go.")] = "exports",
     no_ai_mark: Annotated[bool, typer.Option("--no-ai-mark", help="Leave out the mark that an AI made it.")] = False,
     debug: Debug = False,
 ) -> None:

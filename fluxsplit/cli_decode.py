@@ -137,6 +137,9 @@ class _Vaes:
             except FluxsplitError as error:
                 self._vae = error
         if isinstance(self._vae, FluxsplitError):
+            if latent.recipe is None:  # what encoded it the latent does not say
+                hint = f"{self._vae.hint}; if the demo model's VAE encoded it, give --vae demo"
+                raise type(self._vae)(self._vae.message, hint)
             raise self._vae
         return self._vae
 

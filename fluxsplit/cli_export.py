@@ -8,6 +8,7 @@ from pathlib import Path
 from fluxsplit.arguments import check_choice, files_in, gather_files
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.export import TARGETS, export_picture
+from fluxsplit.jobs import absolute
 from fluxsplit.picture_file import SUFFIXES
 
 
@@ -18,7 +19,7 @@ def run_export(files: list[str], target: str, out: str, ai_mark: bool) -> int:
     sources = gather_files(files, lambda folder: files_in(folder, SUFFIXES, "picture"), "picture to export")
     for source in sources:
         try:
-            for path in export_picture(source, target, Path(out).expanduser(), ai_mark):
+            for path in export_picture(source, target, Path(absolute(out)), ai_mark):
                 print(path)
         except FluxsplitError as error:
             if len(sources) == 1:

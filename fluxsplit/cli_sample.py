@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,7 +51,17 @@ def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) 
     plan = plan_sample(given, defaults)
     if given.get("dry_run"):
         return only_planned(plan, given, progress)
-    return run_sample_and_taef1(plan, progress) if plan.taef1 else run_sample(plan, progress)
+    code = run_sample_and_taef1(plan, progress) if plan.taef1 else run_sample(plan, progress)
+    if progress.results and sys.stdout.isatty():  # not where a pipe takes them on
+        vae = f" --model {shlex.quote(str(given['model']))}" if given.get("model") else ""
+        progress.note(f"to see what was made: fluxsplit decode {shlex.quote(_shown(plan.out))}{vae}")
+    return code
+
+
+def _shown(folder: str) -> str:
+    """A path as short as it can be typed here."""
+    path, here = Path(folder), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else folder
 
 
 def only_planned(plan: Plan, given: dict[str, Any], progress: Progress) -> int:
