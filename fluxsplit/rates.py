@@ -24,8 +24,8 @@ from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
 from fluxsplit.weights import WeightFile
 
-MEASURE_S, RUNS = 0.05, 3
-"""For each rate: at least so long, and so often, since one run alone is at the mercy of whoever else is computing."""
+MEASURE_S, SAMPLES, SAMPLE_S = 0.05, 3, 0.03
+"""For each rate: at least so long, and so many samples of this length: one run alone is at the mercy of others."""
 MAX_TOKENS, MAX_CARD_TOKENS = 512, 4096
 """A card is not busy with few."""
 BUS_BYTES = 32 << 20
@@ -94,7 +94,7 @@ def feed_bytes_per_s(path: str, readers: int) -> float | None:
     torch.set_num_threads(1)  # as when it is read in earnest
     try:
         with ThreadPoolExecutor(max_workers=readers) as threads:
-            for _ in range(RUNS + 1):  # the first may read from the disk
+            for _ in range(SAMPLES + 1):  # the first may read from the disk
                 started_s = time.perf_counter()
                 list(threads.map(read, range(readers)))
                 best_s = min(best_s, time.perf_counter() - started_s)
@@ -155,22 +155,23 @@ def _bus(device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The quickest of several runs, the first not counted.
+    """The quickest of several samples of a few runs each, the first run not counted.
 
-    On a CPU its seconds divided by the threads, so that a busy machine does not look like a slow one.
+    On a CPU its seconds divided by the threads, so that a busy machine does not look like a slow one. What other
+    threads have used the kernel adds up some hundred times a second only, so that a sample has to be longer than that.
     """
     clock, share = (time.process_time, torch.get_num_threads()) if device.type == "cpu" else (time.perf_counter, 1)
-    best, began_s, runs = math.inf, clock(), 0
+    best, began_s, samples = math.inf, time.perf_counter(), 0
     run()
-    while True:
+    while samples < SAMPLES or time.perf_counter() - began_s < MEASURE_S:
         _wait(device)
-        started_s = clock()
-        run()
-        _wait(device)
-        now_s = clock()
-        best, runs = min(best, (now_s - started_s) / share), runs + 1
-        if now_s - began_s > MEASURE_S * share and runs >= RUNS:
-            return max(best, 1e-9)
+        started_s, sample_s, runs = clock(), time.perf_counter(), 0
+        while not runs or time.perf_counter() - sample_s < SAMPLE_S:
+            run()
+            runs += 1
+            _wait(device)
+        best, samples = min(best, (clock() - started_s) / share / runs), samples + 1
+    return max(best, 1e-9)
 
 
 def _wait(device: torch.device) -> None:

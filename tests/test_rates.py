@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from fluxsplit.device import device_info
 from fluxsplit.memory_plan import PIECE_BYTES
-from fluxsplit.rates import feed_bytes_per_s, with_file_rates, with_rates
+from fluxsplit.rates import _seconds, feed_bytes_per_s, with_file_rates, with_rates
 
 CPU = torch.device("cpu")
 
@@ -48,3 +49,20 @@ def test_a_bus_is_no_faster_than_it_is_fed(tmp_path: Path) -> None:
     assert with_file_rates(device_info(CPU), str(path), PIECE_BYTES).feed_bytes_per_s is None
     path.write_bytes(bytes(1000))
     assert feed_bytes_per_s(str(path), 2) is None
+
+
+def test_a_sample_is_longer_than_the_kernels_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds that other threads used are added up every 4 ms only: short runs would seem to take none of them."""
+    now_s = 0.0
+
+    def run() -> None:
+        nonlocal now_s
+        now_s += 0.001
+
+    def cpu_s() -> float:
+        return now_s + now_s // 0.004 * 0.004
+
+    monkeypatch.setattr("fluxsplit.rates.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("fluxsplit.rates.time.process_time", cpu_s)
+    monkeypatch.setattr("fluxsplit.rates.torch.get_num_threads", lambda: 2)
+    assert _seconds(run, CPU) == pytest.approx(0.001, rel=0.1)
