@@ -73,6 +73,18 @@ def write_free(folder: str | Path, stem: str, suffix: str, data: Bytes | Iterabl
     return _write(folder / (stem + suffix), data, commit)
 
 
+def write_once(folder: str | Path, stem: str, suffix: str, data: bytes) -> Path:
+    """As `write_free`, but where `stem.ext` has these bytes already it is left alone, and is the path returned.
+
+    For what is made of one file again and again, as previews: each time the same, under one name.
+    """
+    path = Path(folder) / (stem + suffix)
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == len(data) and path.read_bytes() == data:
+            return path
+    return write_free(folder, stem, suffix, data)
+
+
 def replace(path: str | Path, data: Bytes | Iterable[Bytes]) -> Path:
     """Write `data` to `path`, in one step in place of a file that may be there (`--overwrite`).
 

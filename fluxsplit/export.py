@@ -53,15 +53,16 @@ class Exported:
 def export_picture(path: str | Path, target: str, out: str | Path, ai_mark: bool = True) -> list[Path]:
     """Write the copy of `path` for `target` (one of `TARGETS`) into `out`; returns what was written.
 
-    Nothing is overwritten. Raises FluxsplitError where the picture is damaged or cannot be made to fit.
+    Nothing is overwritten, and a copy that is there already is not written again. Raises FluxsplitError where the
+    picture is damaged or cannot be made to fit.
     """
     path = Path(path)
     picture, found = read_picture(path), read_found(path)
     made = _EXPORTERS[target](picture, found, ai_mark)
-    copy = durable.write_free(out, f"{path.stem}-{target}", made.suffix, made.data)
+    copy = durable.write_once(out, f"{path.stem}-{target}", made.suffix, made.data)
     if not made.alt_text:
         return [copy]
-    return [copy, durable.write_free(out, copy.stem, ".txt", made.alt_text.encode())]
+    return [copy, durable.write_once(out, copy.stem, ".txt", made.alt_text.encode())]
 
 
 def _for_pixelfed(picture: Picture, found: FoundRecipe, ai_mark: bool) -> Exported:

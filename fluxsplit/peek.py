@@ -159,10 +159,13 @@ def png(latent: LatentFile) -> bytes:
 
 
 def write_peek(latent: LatentFile, folder: Path, stem: str, overwrite: bool = False) -> Path:
-    """Write the preview as `stem.peek.png`, or the next free name; returns its path. Raises FluxsplitError."""
+    """Write the preview as `stem.peek.png`, or the next free name if another is there; returns its path.
+
+    Raises FluxsplitError.
+    """
     if overwrite:
         return durable.replace(folder / (stem + SUFFIX), png(latent))
-    return durable.write_free(folder, stem, SUFFIX, png(latent))
+    return durable.write_once(folder, stem, SUFFIX, png(latent))
 
 
 def write_live(payload: bytes, height: int, width: int, transformer: str, folder: Path, said: str) -> None:

@@ -86,4 +86,4 @@ def _draw(
     stem = Path(latent.path).stem + (f"-{latent.index}" if latent.batch > 1 else "")
     if job.overwrite:
         return durable.replace(folder / (stem + SUFFIX), png)
-    return durable.write_free(folder, stem, SUFFIX, png)
+    return durable.write_once(folder, stem, SUFFIX, png)

@@ -126,6 +126,14 @@ def test_a_refusing_system_leaves_nothing(
     assert not (tmp_path / "new").exists() or names(tmp_path / "new") == []
 
 
+def test_what_is_there_already_is_not_written_again(tmp_path: Path) -> None:
+    first = durable.write_once(tmp_path, "a", ".png", b"same")
+    before = first.stat()
+    assert durable.write_once(tmp_path, "a", ".png", b"same") == first and first.stat() == before
+    assert durable.write_once(tmp_path, "a", ".png", b"else").name == "a-2.png"
+    assert first.read_bytes() == b"same" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_full_disk_names_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

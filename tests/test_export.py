@@ -76,7 +76,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_export(files, "web", str(tmp_path / "out"), True) == 1
     assert run_export(files[1:], "web", str(tmp_path / "out"), True) == 0
     printed = capsys.readouterr()
-    assert printed.out.split() == [str(tmp_path / "out" / name) for name in ("x-web.webp", "x-web-2.webp")]
+    assert printed.out.split() == [str(tmp_path / "out" / name) for name in ("x-web.webp", "x-web.webp")]
     assert "bad.png" in printed.err
     with pytest.raises(UsageError, match="for"):
         run_export(files, "print", str(tmp_path), True)

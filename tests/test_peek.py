@@ -114,6 +114,8 @@ def test_a_preview_carries_the_recipe(tmp_path: Path) -> None:
     assert record.recipe == demo_recipe(32) and record.vae.name == "linear map of the demo model's latents"
     with Image.open(made) as image:
         assert image.size == (8, 8)
+    assert write_peek(read_latent(path), tmp_path, "x").name == "x.peek.png", "the same is not written twice"
+    (tmp_path / "x.peek.png").write_bytes(b"another")
     assert write_peek(read_latent(path), tmp_path, "x").name == "x-2.peek.png"
     assert write_peek(read_latent(path), tmp_path, "x", overwrite=True) == made
 
