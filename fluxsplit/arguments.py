@@ -14,6 +14,7 @@ from fluxsplit.recipe import MAX_SEED, MAX_TEXT_CHARS, check_sigmas, check_size
 from fluxsplit.settings import similar
 
 MAX_IMAGES = 10_000
+MAX_CFG = 1000
 MAX_INPUT_CHARS = 100_000_000
 _SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
 _SEED = re.compile(r"\s*(\d{1,30})\s*(?:\.\.\s*(\d{1,30})\s*)?", re.ASCII)
@@ -100,6 +101,20 @@ def check_device(name: str) -> str:
     return name
 
 
+def check_cfg(cfg: float) -> None:
+    """Raise UsageError for a strength of true guidance that is asked for and is none."""
+    if 0 <= cfg < 1:
+        raise UsageError(
+            f"--cfg {cfg:g} would lead away from the prompt", "give --cfg 1 for no true guidance, which is the default"
+        )
+    check_range("cfg", cfg, 1, MAX_CFG)
+
+
+def lora_warning(prompt: str) -> str:
+    """What to say of a prompt that asks for a LoRA; empty for others."""
+    return "a LoRA is named in the prompt; fluxsplit has none, and reads its name as text" if "<lora:" in prompt else ""
+
+
 def check_range(flag: str, value: float, low: float, high: float) -> None:
     """Raise UsageError unless `value` lies in low..high (NaN does not)."""
     if not low <= value <= high:
@@ -143,15 +158,17 @@ def check_prompt(prompt: str) -> str:
 
 def read_stdin() -> list[str]:
     """The lines on stdin, as UTF-8 whatever the locale."""
-    data = sys.stdin.buffer.read(MAX_INPUT_CHARS) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-    return _decoded(data, "stdin")
+    return _decoded(_stdin_bytes(), "stdin")
 
 
 def read_names() -> list[str]:
     """The file names on stdin: one a line, or divided by NUL (`find -print0`), in any encoding that files have here."""
-    data = sys.stdin.buffer.read(MAX_INPUT_CHARS) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-    text = data.decode("utf-8-sig", "surrogateescape")
+    text = _stdin_bytes().decode("utf-8-sig", "surrogateescape")
     return text.split("\0") if "\0" in text else text.splitlines()
+
+
+def _stdin_bytes() -> bytes:
+    return sys.stdin.buffer.read(MAX_INPUT_CHARS) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
 
 
 def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path]], what: str) -> list[Path]:
@@ -186,7 +203,7 @@ def named(word: str) -> list[Path]:
 
 def is_overview(file: Path) -> bool:
     """Whether a file is a contact sheet or a peek of ours by its name, and not a picture to go on with."""
-    return file.name == "sheet.png" or file.name.endswith((".peek.png", ".peek.jpg"))
+    return file.name in ("sheet.png", "peek.png") or file.name.endswith(".peek.png")
 
 
 def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:

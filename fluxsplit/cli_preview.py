@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit.cli_decode import plan_decode, run_decode
-from fluxsplit.cli_sample import DEMO_SIZE, only_planned, plan_sample, run_sample, undecoded_told
+from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample, run_sample, undecoded_told
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import absolute
 from fluxsplit.progress import Progress
@@ -36,7 +36,7 @@ def preview(given: dict[str, Any], defaults: dict[str, Any], progress: Progress)
 
 def plan_preview(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
     """The plan of a command from its flags and the settings: small pictures, each with a free number."""
-    size = SIZE if (defaults | given).get("model") else DEMO_SIZE
+    size = DEMO_SIZE if is_demo(defaults | given) else SIZE
     values: dict[str, Any] = {"size": size, "count": COUNT, **defaults}
     if given.get("seed") and "count" not in defaults:
         values["count"] = 1  # seeds that are listed are the pictures that are wanted
@@ -51,7 +51,7 @@ def run_preview(plan: Plan, given: dict[str, Any], defaults: dict[str, Any], pro
     """Sample, decode, write the sheets; returns the exit code."""
     latents, pictures = list[str](), Path(plan.out).parent
     with StageProcess("decode") as ahead:  # its imports overlap the sampling; it touches no device before its job
-        with undecoded_told(latents, pictures, progress):
+        with undecoded_told(latents, given, pictures, progress):
             run_sample(plan, progress, lambda event: latents.append(event["path"]))
         if not latents:
             return 1

@@ -74,7 +74,7 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
     parents: dict[str, tuple[str, str]] = {}
     for plan, named in _plans(_with_latents(orders, values, out, progress), values, out):
         latents: list[str] = []
-        with undecoded_told(latents, out, progress):
+        with undecoded_told(latents, given, out, progress):
             run_sample(plan, progress, lambda event, made=latents: made.append(event["path"]))  # type: ignore[misc]
         parents |= {latent: named[_stem(latent)] for latent in latents if _stem(latent) in named}
         parents |= {latent: ("", "") for latent in latents if latent not in parents}

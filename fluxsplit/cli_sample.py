@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 from fluxsplit import conditioning_cache, durable, places
 from fluxsplit.arguments import (
     MAX_IMAGES,
+    check_cfg,
     check_choice,
     check_device,
     check_prompt,
     check_range,
     draw_seed,
     gather_prompts,
+    lora_warning,
     parse_seeds,
     parse_shift,
     parse_sigmas,
@@ -32,7 +34,7 @@ from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob, TextJob, absolute
 from fluxsplit.memory import check_budget
-from fluxsplit.models import Wanted, resolve
+from fluxsplit.models import DEMO, Wanted, resolve
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS
 from fluxsplit.retry import events_with_retry
@@ -53,15 +55,28 @@ def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) 
         return only_planned(plan, given, progress)
     code = run_sample_and_taef1(plan, progress) if plan.taef1 else run_sample(plan, progress)
     if progress.results and sys.stdout.isatty():  # not where a pipe takes them on
-        vae = f" --model {shlex.quote(str(given['model']))}" if given.get("model") else ""
-        progress.note(f"to see what was made: fluxsplit decode {shlex.quote(_shown(plan.out))}{vae}")
+        latents = [path for path in progress.results if not path.endswith(".png")]  # beside them may be peeks
+        progress.note(f"to see what was made: {_decoding(latents, given)}")
     return code
 
 
-def _shown(folder: str) -> str:
+def _decoding(latents: Sequence[str], given: dict[str, Any], out: Path | None = None) -> str:
+    """The command that decodes these latents, and no others that lie beside them."""
+    words = ["fluxsplit", "decode", *map(_shown, latents)]
+    for flag in ("model", "vae", "comfyui"):
+        words += [f"--{flag}", str(given[flag])] if given.get(flag) else []
+    return shlex.join([*words, *(["--out", _shown(str(out))] if out else [])])
+
+
+def _shown(name: str) -> str:
     """A path as short as it can be typed here."""
-    path, here = Path(folder), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else folder
+    path, here = Path(name), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else name
+
+
+def is_demo(values: dict[str, Any]) -> bool:
+    """Whether flags and settings mean the demo model."""
+    return values.get("model", "") in ("", DEMO)
 
 
 def only_planned(plan: Plan, given: dict[str, Any], progress: Progress) -> int:
@@ -126,17 +141,14 @@ def run_sample_and_taef1(plan: Plan, progress: Progress) -> int:
 
 
 @contextmanager
-def undecoded_told(latents: list[str], pictures: Path, progress: Progress) -> Iterator[None]:
+def undecoded_told(latents: list[str], given: dict[str, Any], pictures: Path, progress: Progress) -> Iterator[None]:
     """Where sampling is ended early, say how `latents`, which are finished, become `pictures`."""
     try:
         yield
     except BaseException:
         if latents:
-            names = shlex.join(latents) if len(latents) == 1 else shlex.quote(str(Path(latents[0]).parent))
-            progress.note(
-                f"{len(latents)} finished, without their pictures yet; to have them: "
-                f"fluxsplit decode {names} --out {shlex.quote(str(pictures))}"
-            )
+            told = _decoding(latents, given, pictures)
+            progress.note(f"{len(latents)} finished, without their pictures yet; to have them: {told}")
         raise
 
 
@@ -243,24 +255,19 @@ def _check_demo(given: dict[str, Any], wanted: Wanted) -> None:
 def _images(values: dict[str, Any], notes: list[str]) -> list[ImageJob]:
     """Every prompt with every seed; what is left to the model's own defaults is None."""
     cfg, negative = float(values.get("cfg", 1.0)), check_prompt(values.get("negative", ""))
-    if 0 <= cfg < 1:
-        raise UsageError(
-            f"--cfg {cfg:g} would lead away from the prompt", "give --cfg 1 for no true guidance, which is the default"
-        )
-    check_range("cfg", cfg, 1, 1000)
+    check_cfg(cfg)
     if negative and cfg == 1:
         raise UsageError(
             "a negative prompt has no effect with --cfg 1, which never computes it",
             "give --cfg 2 or so (each step then takes twice as long), or drop --negative",
         )
     conditioning, prompts = _conditioning_and_prompts(values, cfg)
-    if any("<lora:" in prompt for prompt in prompts):
-        notes.append("a LoRA is named in the prompt; fluxsplit has none, and reads its name as text")
+    notes += dict.fromkeys(filter(None, map(lora_warning, prompts)))
     seeds = parse_seeds(values.get("seed") or [_drawn(notes)], values.get("count", 1))
     if len(prompts) * len(seeds) > MAX_IMAGES:
         raise UsageError(f"{len(prompts)} prompts with {len(seeds)} seeds are over {MAX_IMAGES} images in one run")
     options = _options(values)
-    width, height = parse_size(values.get("size") or (DEFAULT_SIZE if values.get("model") else DEMO_SIZE))
+    width, height = parse_size(values.get("size") or (DEMO_SIZE if is_demo(values) else DEFAULT_SIZE))
     return [
         ImageJob(prompt, conditioning, seed, width, height, cfg=cfg, negative=negative, **options)
         for prompt in prompts

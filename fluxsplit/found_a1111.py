@@ -22,6 +22,7 @@ from fluxsplit.found_values import (
     lenient_json,
     notes_of,
     sampler_of,
+    schedule_behind,
     scheduler_of,
     table_of,
 )
@@ -108,7 +109,7 @@ def _from_pairs(pairs: dict[str, str], prompt: str, negative: str) -> FoundRecip
         name, schedule = name.rsplit(" ", 1)
         schedule = None if schedule == "discrete" else schedule  # its word for the model's own
     sampler, sampler_note = sampler_of(name)
-    scheduler, scheduler_note = scheduler_of(None if schedule == "Automatic" else schedule)
+    scheduler, scheduler_note = scheduler_of(schedule_behind(name) if schedule in (None, "Automatic") else schedule)
     guidance, cfg, guidance_note = _guidance(pairs)
     width, height = as_size(pairs.get("Size"))
     on_cpu = pairs.get("RNG", "").lower() == "cpu" or tool == "fluxsplit"

@@ -19,6 +19,7 @@ from fluxsplit.found_values import (
     lenient_json,
     notes_of,
     sampler_of,
+    schedule_behind,
     scheduler_of,
     table_of,
 )
@@ -44,7 +45,7 @@ def _build(tool: str, table: Table, **names: str) -> FoundRecipe:
         return table.get(names.get(field, field))
 
     sampler, sampler_note = sampler_of(of("sampler"))
-    scheduler, scheduler_note = scheduler_of(of("scheduler"))
+    scheduler, scheduler_note = scheduler_of(of("scheduler") or schedule_behind(of("sampler")))
     return FoundRecipe(
         tool=tool,
         prompt=as_text(of("prompt")),

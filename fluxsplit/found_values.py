@@ -36,6 +36,9 @@ _SCHEDULERS = {
 }
 
 
+_FOREIGN_SCHEDULES = ("karras", "exponential")
+
+
 def lenient_json(text: str) -> Any:
     """JSON of another tool: NaN and infinity read as None, as ComfyUI writes them; duplicate keys are refused.
 
@@ -126,13 +129,24 @@ def sampler_of(name: Any) -> tuple[str | None, str | None]:
     text = as_text(name)
     if not text:
         return None, None
-    plain = re.sub(r"[\s_\-]", "", text.lower())
+    plain, _ = _divided(text)
     if plain in _SAMPLERS:
         return _SAMPLERS[plain], None
-    for known, ours in _SAMPLERS.items():
-        if plain.startswith(known) and plain[len(known) :] in (*_SCHEDULERS, "karras", "exponential"):
-            return ours, None
     return "euler", f"sampler {text[:40]!r} is not one of fluxsplit's; euler stands in for it"
+
+
+def schedule_behind(name: Any) -> str | None:
+    """The schedule in a sampler's name, as A1111 wrote it up to 1.8 (`DPM++ 2M Karras`); None for no such name."""
+    return _divided(as_text(name) or "")[1] or None
+
+
+def _divided(text: str) -> tuple[str, str]:
+    """A sampler's name without spaces and the like, and what schedule stands behind it."""
+    plain = re.sub(r"[\s_\-]", "", text.lower())
+    for known in _SAMPLERS:
+        if plain.startswith(known) and plain[len(known) :] in (*_SCHEDULERS, *_FOREIGN_SCHEDULES):
+            return known, plain[len(known) :]
+    return plain, ""
 
 
 def scheduler_of(name: Any) -> tuple[str | None, str | None]:

@@ -15,10 +15,13 @@ from typing import Any
 
 from fluxsplit import defaults
 from fluxsplit.arguments import (
+    MAX_CFG,
+    check_cfg,
     check_choice,
     check_prompt,
     check_range,
     draw_seed,
+    lora_warning,
     parse_seeds,
     parse_shift,
     parse_sigmas,
@@ -241,7 +244,9 @@ def _texts(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[st
     if cfg is None:
         cfg = 1.0
         told.assumed.append("cfg 1 (--cfg)")
-    check_range("cfg", cfg, 0, 1000)
+    if given.get("cfg") is not None:
+        check_cfg(cfg)
+    check_range("cfg", cfg, 0, MAX_CFG)
     negative = check_prompt(given.get("negative", found.negative or ""))
     if negative and cfg == 1:
         if given.get("negative"):
@@ -250,8 +255,7 @@ def _texts(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[st
             )
         told.assumed.append("no negative prompt: with cfg 1 it does nothing")
         negative = ""
-    if "<lora:" in prompts[0]:
-        told.warnings.append("a LoRA is named in the prompt; fluxsplit has none, and reads its name as text")
+    told.warnings += filter(None, [lora_warning(prompts[0])])
     return check_prompt(prompts[0]), negative, float(cfg)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fluxsplit import durable, metadata, picture_file
+from fluxsplit.beside import thread_beside
 from fluxsplit.device import DTYPE_NAMES, device_info, has_fast_bf16, pick_device
 from fluxsplit.device import DTYPES as TORCH_DTYPES
 from fluxsplit.errors import FluxsplitError, ends_all
@@ -38,8 +39,8 @@ class _Run:
 def run(job: UpscaleJob, events: Events) -> None:
     """Enlarge `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
     device = pick_device(job.device)
-    with ThreadPoolExecutor(max_workers=1) as background:
-        sha256 = background.submit(weights_sha256, job.weights)
+    with thread_beside() as hashing:
+        sha256 = hashing.submit(weights_sha256, job.weights)
         network = _loaded(job, device)
         here = _Run(job, network, sha256, events)
         if job.published_sha256 and sha256.result() != job.published_sha256:

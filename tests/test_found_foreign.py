@@ -28,7 +28,16 @@ from fluxsplit.errors import FluxsplitError
 from fluxsplit.found import read_found
 from fluxsplit.found_a1111 import read_a1111
 from fluxsplit.found_comfy import read_comfy
-from fluxsplit.found_values import as_count, as_number, as_seed, as_size, lenient_json, sampler_of, scheduler_of
+from fluxsplit.found_values import (
+    as_count,
+    as_number,
+    as_seed,
+    as_size,
+    lenient_json,
+    sampler_of,
+    schedule_behind,
+    scheduler_of,
+)
 from fluxsplit.metadata import parameters_text
 
 
@@ -79,6 +88,18 @@ def test_assumptions_are_named() -> None:
     assert sampler_of("DPM++ 2M Beta") == ("dpmpp_2m", None)
     assert sampler_of("DPM++ 2M Karras") == ("dpmpp_2m", None), "the schedule is told of elsewhere"
     assert sampler_of("DPM++ 2M SDE")[0] == "euler"
+    assert [schedule_behind(name) for name in ("DPM++ 2M Karras", "DPM++ 2M Beta", "Euler")] == ["karras", "beta", None]
+
+
+@pytest.mark.parametrize(("name", "scheduler", "told"), [("Karras", "simple", True), ("Beta", "beta", False)])
+def test_a_schedule_behind_the_samplers_name_counts(tmp_path: Path, name: str, scheduler: str, told: bool) -> None:
+    png(
+        tmp_path / "x",
+        {"parameters": f"a fox\nSteps: 20, Sampler: DPM++ 2M {name}, CFG scale: 1, Seed: 7, Size: 64x64"},
+    )
+    found = read_found(tmp_path / "x")
+    assert (found.sampler, found.scheduler) == ("dpmpp_2m", scheduler)
+    assert any(name.lower() in note for note in found.notes) is told
     assert scheduler_of("karras")[0] == "simple"
     found = read_comfy(json.dumps(API), "")
     assert any("batch of 4" in note for note in found.notes)
