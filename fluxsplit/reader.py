@@ -8,8 +8,8 @@ interpreter's lock thousands of times a step and waits for it behind everybody w
 small pieces it launched a third of the kernels. Nor torch's own threads: they spin while they wait, and all of them
 wait for the one that whoever computes has pushed off its core, at worst for 4 GB/s (docs/decisions.md, 2026-11-26).
 
-Where the threads work for more than half of their time they take the processor from whoever computes, or are too slow
-already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches those by
+Where the threads work for more than a quarter of their time they take the processor from whoever computes, or are too
+slow already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches those by
 itself, and they cost neither a copy nor memory of ours, but for the run their pages cannot be dropped from RAM. So
 there is a limit to them.
 """
@@ -32,7 +32,7 @@ from fluxsplit.pinned import FilePins, as_buffer, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
 POLL_S = 0.5
-BUSY = 0.5
+BUSY = 0.25
 """Share of their time for which threads may work."""
 MAX_GAP_BYTES = 1 << 20
 """Between two runs that share a piece: biases and norms, which lie among the matrices of a file."""

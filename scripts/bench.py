@@ -147,7 +147,10 @@ def environment(threads: int) -> dict[str, str]:
 def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str, Any]) -> dict[str, Any]:
     """The figures of one cap; of the steps all but the first are warm."""
     found: dict[str, Any] = {"cap_gb": cap_bytes / GB or None, "peak_anonymous_bytes": seen.peak_anonymous_bytes}
-    found |= {f"peak_device_{name}_bytes": count for name, count in seen.device_bytes.items()}
+    device = dict(seen.device_bytes)
+    if "retries" in device:
+        found["allocator_retries"] = device.pop("retries")
+    found |= {f"peak_device_{name}_bytes": count for name, count in device.items()}
     found |= {"plan": seen.plan, "latents_sha256": seen.latents_sha256}
     if seen.error or len(seen.steps) < 3:
         return {**found, "error": seen.error or "the stage told of fewer than two steps"}

@@ -71,10 +71,11 @@ def report_on_the_way(report: Path, moved: Moved) -> None:
 
 
 def peaks() -> dict[str, int]:
-    """The allocator's peaks in bytes; nothing without a card."""
+    """The allocator's peaks in bytes, and how often it had to give memory back first; nothing without a card."""
     if not torch.cuda.is_available():
         return {}
-    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return peaks | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}
 
 
 if __name__ == "__main__":

@@ -254,12 +254,12 @@ def test_what_is_pinned_is_what_comes_too_late(monkeypatch: pytest.MonkeyPatch) 
     pace = reader._Pace()
     later(1)
     assert pace.is_busy(1), "all of a second at work"
-    later(0.4)
-    assert pace.waiting(lambda: later(0.6)) is None
+    later(0.2)
+    assert pace.waiting(lambda: later(0.8)) is None
     assert not pace.is_busy(1)
-    later(0.4)
-    pace.waiting(lambda: later(0.6))
-    assert pace.is_busy(2), "three tenths of the time of two"
+    later(0.2)
+    pace.waiting(lambda: later(0.8))
+    assert pace.is_busy(2), "six tenths of the time of two"
     pace.waiting(lambda: (later(1), asked.append(pace.is_busy(1)), later(0.1)))
     assert asked == [False], "who is waiting still counts"
     later(1)
