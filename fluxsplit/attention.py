@@ -9,6 +9,11 @@ scores of one chunk and their softmax are all that exists at a time; how many ro
 In fp16 the queries are scaled before the product, so that scores stay where fp16 is fine. bf16 has too few digits for
 scores: they are formed in fp32 there. The softmax accumulates in fp32 in either case.
 
+A CPU with instructions for bf16 but none for whole tiles of it takes the same way, head by head, since torch's fused
+kernel multiplies there as slowly as in fp32. Products of bf16 give bf16 there, which is too few digits for scores; so
+each comes as two of them: what the product rounds to, and how much that is off, which a second product that subtracts
+the first gives. Together they have 16 digits, and twice two products are still quicker than one in fp32.
+
 Rotary position embedding turns pairs of neighbouring channels: a product of complex numbers. Written so it is three
 passes over the heads where sums of products are eight, which on a card is felt, and the same to the last bits.
 """
@@ -16,6 +21,7 @@ passes over the heads where sums of products are eight, which on a card is felt,
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -28,6 +34,8 @@ _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 _PROBE_TOKENS, _PROBE_HEADS = 80, 2
 _PROBE_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """What a fused kernel may be off for values of spread 1; a wrong kernel is off by as much as the values."""
+_SCORE_BYTES, _MIN_ROWS, _MAX_ROWS = 4 << 20, 64, 512
+"""Of one head's scores in fp32, which are to stay in the cache, and bounds for how many rows of them that may be."""
 
 
 def attend_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -47,6 +55,36 @@ def attend_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         shares = torch.softmax(rows @ keys, dim=-1)
         out[:, start : start + chunk] = (shares.to(value.dtype) @ values).transpose(1, 2)
     return out
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(query keyᵀ / √D) value, all [B, L, H, D] in one dtype, the result as well, in the quickest way here."""
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and _has_quick_bf16_products_only():
+        return attend_by_heads(query, key, value)
+    mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return mixed.transpose(1, 2)
+
+
+def attend_by_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`attend` by products of bf16, a head and some rows of its scores at a time: all bf16 [B, L, H, D]."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    batch, tokens, heads, width = query.shape
+    rows = max(_MIN_ROWS, min(_MAX_ROWS, _SCORE_BYTES // (4 * tokens)))
+    for one, head in itertools.product(range(batch), range(heads)):
+        keys, values = key[one, :, head].t(), value[one, :, head]
+        for start in range(0, tokens, rows):
+            queries = query[one, start : start + rows, head]
+            rounded = torch.mm(queries, keys)
+            off = torch.addmm(rounded, queries, keys, beta=-1)
+            scores = rounded.float().add_(off).mul_(1 / math.sqrt(width))
+            out[one, start : start + rows, head] = torch.softmax(scores, dim=-1).to(value.dtype) @ values
+    return out
+
+
+@functools.cache
+def _has_quick_bf16_products_only() -> bool:
+    """Whether this CPU multiplies bf16 quickly and torch's fused attention does not, which it does with AMX."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache
@@ -124,8 +162,7 @@ class BlockAttention:
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if self.chunk is not None:
             return attend_in_chunks(query, key, value, self.chunk)
-        mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return mixed.transpose(1, 2)
+        return attend(query, key, value)
 
 
 def use_attention(module: nn.Module, chunk: int | None) -> None:

@@ -239,6 +239,7 @@ COMMANDS: tuple[Command, ...] = (
             "overwrite": Overwrite,
             "delete_latents": DeleteLatents,
             **UPSCALING_BY,
+            "dry_run": DryRun,
             **RESULTS,
         },
         examples="""Examples:
@@ -259,6 +260,7 @@ COMMANDS: tuple[Command, ...] = (
             **VAE_STAGE,
             "out": LatentsOut,
             "format": LatentFormat,
+            "dry_run": DryRun,
             **RESULTS,
         },
         examples="""Examples:
@@ -281,6 +283,7 @@ COMMANDS: tuple[Command, ...] = (
             "device": Device,
             "out": UpscaledOut,
             "overwrite": Overwrite,
+            "dry_run": DryRun,
             **RESULTS,
         },
         examples="""Examples:

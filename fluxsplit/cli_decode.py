@@ -83,6 +83,7 @@ def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
         tile=check_tile(values.get("tile", 0)),
         overwrite=bool(values.get("overwrite", False)),
         delete_latents=bool(values.get("delete_latents", False)),
+        dry_run=bool(values.get("dry_run", False)),
     )
     files = gather_latents(values.get("latents", []))
     vaes = _Vaes(given, values)
@@ -107,13 +108,15 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
     for refused in plan.refused:
         progress.failed(refused.path, refused.error.message, refused.error.hint)
     before = len(progress.results)
-    for folder in {job.out for job in plan.jobs}:
+    for folder in {job.out for job in plan.jobs if not job.dry_run}:
         durable.check_folder(folder)
     for number, job in enumerate(plan.jobs):
         with ahead if ahead is not None and number == 0 else StageProcess("decode") as process:
             for event in vae_events_with_retry(process, job, progress.note):
                 progress.show(event)
-    if plan.upscale is not None:
+    if plan.upscale is not None and any(job.dry_run for job in plan.jobs):
+        progress.note(f"what is decoded would be enlarged by {Path(plan.upscale.job.weights).name}")
+    elif plan.upscale is not None:
         upscale_paths(progress.results[before:], plan.upscale, progress)  # the VAE's process has ended
     return 1 if progress.failures else 0
 

@@ -22,7 +22,8 @@ from fluxsplit.retry import vae_events_with_retry
 def encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and encode; returns the exit code."""
     job = plan_encode(given, defaults, progress)
-    durable.check_folder(job.out)
+    if not job.dry_run:
+        durable.check_folder(job.out)
     for event in encode_events(job, progress):
         progress.show(event)
     return 1 if progress.failures else 0
@@ -47,6 +48,7 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
         width=width,
         height=height,
         format=check_choice("format", values.get("format", "pt"), LATENT_FORMATS),
+        dry_run=bool(values.get("dry_run", False)),
     )
     if any(values.get(name) for name in ("vae", "model", "comfyui")):
         return replace(job, vae=resolve_vae(wanted_files(values)))

@@ -59,6 +59,7 @@ def upscale_options(values: dict[str, Any], progress: Progress) -> UpscaleOption
         vram=check_budget(str(values.get("vram", "auto"))),
         tile=parse_tile(values.get("tile", "auto")),
         overwrite=bool(values.get("overwrite", False)),
+        dry_run=bool(values.get("dry_run", False)),
     )
 
     def on_bytes(name: str, done_bytes: int, total_bytes: int) -> None:

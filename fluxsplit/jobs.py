@@ -128,6 +128,8 @@ class DecodeJob:
     """Side of overlapped tiles in pixels; 0 for exact strips."""
     smaller: int = 0
     """How often a plan ran out of memory before."""
+    dry_run: bool = False
+    """Say what would be made and how, and make nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ class EncodeJob:
     format: str = "pt"
     smaller: int = 0
     """How often a plan ran out of memory before."""
+    dry_run: bool = False
+    """As for `DecodeJob`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +173,8 @@ class UpscaleJob:
     overwrite: bool = False
     published_sha256: str = ""
     """What a file of this name should have; empty where that is not known."""
+    dry_run: bool = False
+    """As for `DecodeJob`."""
 
 
 @dataclass(frozen=True, slots=True)

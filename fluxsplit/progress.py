@@ -77,6 +77,8 @@ class Progress:
         kind = event["event"]
         if kind == "result":
             self._result(event)
+        elif kind == "planned":
+            self._planned(event)
         elif kind == "failed":
             self.failed(str(event.get("item", "")), str(event.get("message", "")), str(event.get("hint", "")))
             for line in str(event.get("traceback", "")).splitlines() if self._debug else ():
@@ -94,8 +96,10 @@ class Progress:
             self._line(f"fluxsplit: {text}")
 
     def failed(self, item: str, message: str, hint: str) -> None:
-        """One item failed and the rest go on; said even when quiet."""
+        """One item failed and the rest go on; said even when quiet, and to programs as a line of JSON too."""
         self.failures += 1
+        if self._json_lines:
+            self._answer(json.dumps({"failed": item, "message": message, "hint": hint}))
         told = message if not item or item in message else f"{item}: {message}"
         self._line(f"fluxsplit: {told}; {hint}" if hint else f"fluxsplit: {told}")
 
@@ -121,9 +125,20 @@ class Progress:
     def _result(self, event: Mapping[str, Any]) -> None:
         path = str(event["path"])
         self.results.append(path)
+        told = {name: event[name] for name in ("path", "source", "width", "height") if name in event}
+        self._answer(json.dumps(told | {"recipe": event.get("recipe")}) if self._json_lines else path)
+
+    def _planned(self, event: Mapping[str, Any]) -> None:
+        """What would be made of a file."""
+        told = {name: event[name] for name in ("item", "path", "width", "height", "device", "plan")}
+        size = f"{told['width']}x{told['height']}"
+        line = f"{told['item']} to {told['path']}: {size} on {told['device']}, {told['plan']}"
+        self._answer(json.dumps(told) if self._json_lines else line)
+
+    def _answer(self, line: str) -> None:
+        """A line on stdout."""
         if self._display is not None:
             self._display.pause()
-        line = json.dumps({"path": path, "recipe": event.get("recipe")}) if self._json_lines else path
         print(line, file=self._out, flush=True)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from fluxsplit import fp8
-from fluxsplit.attention import attend_in_chunks
+from fluxsplit.attention import attend, attend_in_chunks
 from fluxsplit.held_memory import CPU_PIECE_BYTES
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
@@ -141,8 +141,7 @@ def _attend(heads: torch.Tensor, fused: bool) -> torch.Tensor:
     """Attention as it will be computed; heads [1, L, H, D]."""
     if not fused:
         return attend_in_chunks(heads, heads, heads, QUERY_CHUNK)
-    apart = heads.transpose(1, 2)
-    return F.scaled_dot_product_attention(apart, apart, apart)
+    return attend(heads, heads, heads)
 
 
 def _bus(device: torch.device) -> float:

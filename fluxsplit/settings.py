@@ -204,9 +204,9 @@ _ONCE: dict[str, dict[str, Reader]] = {
         "json": _switch,
     },
     "preview": {"prompt": _texts, "prompt_file": _text, "seed": _seeds, "dry_run": _switch, "json": _switch},
-    "decode": {"latents": _texts, "json": _switch},
-    "encode": {"pictures": _texts, "size": _text, "json": _switch},
-    "upscale": {"pictures": _texts, "json": _switch},
+    "decode": {"latents": _texts, "dry_run": _switch, "json": _switch},
+    "encode": {"pictures": _texts, "size": _text, "dry_run": _switch, "json": _switch},
+    "upscale": {"pictures": _texts, "dry_run": _switch, "json": _switch},
     "peek": {"latents": _texts, "json": _switch},
 }
 """What belongs to one run: on the command line or in a workflow file, never in the defaults."""

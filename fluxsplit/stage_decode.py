@@ -14,6 +14,7 @@ from fluxsplit.device import device_name
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
+from fluxsplit.foretold import failure_told, tell_planned
 from fluxsplit.jobs import DecodeJob
 from fluxsplit.latents import LatentFile, read_latents
 from fluxsplit.recipe import WeightsStamp
@@ -26,6 +27,9 @@ def run(job: DecodeJob, events: Events) -> None:
 
     Raises OutOfMemory, with the plan that did not hold.
     """
+    if job.dry_run:
+        _foretell(job, events)
+        return
     with thread_beside() as hashing, thread_beside() as reading:
         stamp = hashing.submit(_stamp, job.vae)
         session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
@@ -55,6 +59,26 @@ def run(job: DecodeJob, events: Events) -> None:
                 text=f"{beside} written beside pictures that were there (numbered); --overwrite replaces them",
             )
         events.send("decode", done=total, total=total, failed=failed)
+
+
+def _foretell(job: DecodeJob, events: Events) -> None:
+    """Say how each latent would be decoded."""
+    session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
+    for path in job.latents:
+        with failure_told(path, events):
+            for latent in read_latents(path):
+                height, width = latent.shape[-2:]
+                plan = f"{session.dtype}, in tiles of {job.tile} pixels"
+                if not job.tile:
+                    plan = session.decode_plan(height, width).text()
+                size = width * session.vae.shape.factor, height * session.vae.shape.factor
+                tell_planned(events, path, _target(job, latent), size, session.device, plan)
+
+
+def _target(job: DecodeJob, latent: LatentFile) -> Path:
+    """The picture of a latent, where no other has its name."""
+    stem = Path(latent.path).stem + (f"-{latent.index}" if latent.batch > 1 else "")
+    return Path(job.out) / f"{stem}.png"
 
 
 def _delete(path: str, events: Events) -> None:
@@ -92,10 +116,8 @@ def _decode(
     )
     texts = metadata.png_text_chunks(record, latent.foreign)
     png = metadata.encode_png(pixels.numpy().tobytes(), width, height, texts)
-    stem = Path(latent.path).stem + (f"-{latent.index}" if latent.batch > 1 else "")
-    if job.overwrite:
-        path = durable.replace(Path(job.out) / f"{stem}.png", png)
-    else:
-        path = durable.write_free(job.out, stem, ".png", png)
-    events.send("result", path=str(path), recipe=latent.recipe.to_object() if latent.recipe else None)
-    return path.stem == stem
+    target = _target(job, latent)
+    path = durable.replace(target, png) if job.overwrite else durable.write_once(job.out, target.stem, ".png", png)
+    recipe = latent.recipe.to_object() if latent.recipe else None
+    events.send("result", path=str(path), source=latent.path, width=width, height=height, recipe=recipe)
+    return path == target

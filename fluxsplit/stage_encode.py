@@ -10,7 +10,9 @@ from PIL import Image
 from fluxsplit import latents, picture_file
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
+from fluxsplit.foretold import failure_told, tell_planned
 from fluxsplit.jobs import EncodeJob
+from fluxsplit.latents import SUFFIXES
 from fluxsplit.picture_file import Picture
 from fluxsplit.recipe import MAX_SIDE_PX
 from fluxsplit.vae_session import VaeSession, teller
@@ -18,6 +20,9 @@ from fluxsplit.vae_session import VaeSession, teller
 
 def run(job: EncodeJob, events: Events) -> None:
     """Encode `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
+    if job.dry_run:
+        _foretell(job, events)
+        return
     session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
     total, failed = len(job.images), 0
     for number, path in enumerate(job.images):
@@ -28,13 +33,26 @@ def run(job: EncodeJob, events: Events) -> None:
             payload, (_, channels, height, width) = tensor.numpy().tobytes(), tensor.shape
             shape = (1, channels, height, width)
             written = latents.write_latent(job.out, Path(path).stem, payload, shape, None, format=job.format)
-            events.send("result", path=str(written), recipe=None)
+            size = {"width": pixels.shape[1], "height": pixels.shape[0]}
+            events.send("result", path=str(written), source=path, **size, recipe=None)
         except FluxsplitError as error:
             if ends_all(error):
                 raise
             failed += 1
             events.send("failed", item=path, message=error.message, hint=error.hint)
     events.send("encode", done=total, total=total, failed=failed)
+
+
+def _foretell(job: EncodeJob, events: Events) -> None:
+    """Say how each picture would be encoded."""
+    session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
+    for path in job.images:
+        with failure_told(path, events):
+            picture = picture_file.read_picture(path)
+            height, width, _ = prepared(picture, job.width, job.height, session.vae.shape.factor).shape
+            target = Path(job.out) / f"{Path(path).stem}{SUFFIXES[job.format]}"
+            plan = session.encode_plan(height, width).text()
+            tell_planned(events, path, target, (width, height), session.device, plan)
 
 
 def prepared(picture: Picture, width: int, height: int, factor: int) -> torch.Tensor:

@@ -17,12 +17,13 @@ from fluxsplit.device import DTYPES as TORCH_DTYPES
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
+from fluxsplit.foretold import failure_told, tell_planned
 from fluxsplit.jobs import UpscaleJob
 from fluxsplit.memory import budget_bytes
 from fluxsplit.metadata import UpscalerStamp
 from fluxsplit.picture_file import Picture
 from fluxsplit.tiles import largest_tile
-from fluxsplit.upscale import Tiling, Upscaler, enlarge
+from fluxsplit.upscale import Tiling, Upscaler, enlarge, tile_count
 
 MAX_OUTPUT_PIXELS = 1 << 30
 """3 GB of bytes; PNG itself would allow more."""
@@ -40,11 +41,14 @@ def run(job: UpscaleJob, events: Events) -> None:
     """Enlarge `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
     device = pick_device(job.device)
     with thread_beside() as hashing:
-        sha256 = hashing.submit(weights_sha256, job.weights)
         network = _loaded(job, device)
+        sha256 = hashing.submit(weights_sha256, job.weights)
         here = _Run(job, network, sha256, events)
         if job.published_sha256 and sha256.result() != job.published_sha256:
             events.send("note", text=f"{network.name} is not the file that Real-ESRGAN published under this name")
+        if job.dry_run:
+            _foretell(here)
+            return
         for number, path in enumerate(job.images):
             network.compute_in(_dtype(job, network, device))  # a picture before may have needed fp32
             try:
@@ -53,6 +57,19 @@ def run(job: UpscaleJob, events: Events) -> None:
                 if ends_all(error):
                     raise
                 events.send("failed", item=path, message=error.message, hint=error.hint)
+
+
+def _foretell(here: _Run) -> None:
+    """Say how each picture would be enlarged."""
+    job, network = here.job, here.network
+    for path in job.images:
+        with failure_told(path, here.events):
+            picture = picture_file.read_picture(path)
+            width, height = _target(job, network, picture)
+            tiles = tile_count(network, picture.width, picture.height, _tiling(here, picture))
+            plan = f"{network.name}, {DTYPE_NAMES[network.dtype]}, {tiles} tile{'s' * (tiles > 1)}"
+            target = _place(job, path, _factor(job, picture, width))
+            tell_planned(here.events, path, target, (width, height), network.device, plan)
 
 
 def _loaded(job: UpscaleJob, device: torch.device) -> Upscaler:
@@ -77,7 +94,7 @@ def _upscale(here: _Run, path: str, number: int) -> None:
     picture = picture_file.read_picture(path)
     width, height = _target(job, network, picture)
     tiling = _tiling(here, picture)
-    factor = f"{job.width}x{job.height}" if job.width else str(width // picture.width)
+    factor = _factor(job, picture, width)
 
     def on_tile(done: int, total: int) -> None:
         events.send("upscale", image=number, images=len(job.images), done=done, total=total)
@@ -94,13 +111,23 @@ def _upscale(here: _Run, path: str, number: int) -> None:
     stamp = UpscalerStamp(network.name, here.sha256.result(), network.scale, width, height)
     texts = metadata.upscaled_texts(picture.texts, stamp, factor)
     png = picture_file.encode(image, texts, picture.exif, picture.icc_profile)
-    folder = Path(job.out) if job.out else Path(path).parent
-    stem = f"{Path(path).stem}-{factor if 'x' in factor else f'{factor}x'}"
+    target = _place(job, path, factor)
     if job.overwrite:
-        written = durable.replace(folder / f"{stem}.png", png)
+        written = durable.replace(target, png)
     else:
-        written = durable.write_free(folder, stem, ".png", png)
-    events.send("result", path=str(written), recipe=_recipe(texts))
+        written = durable.write_once(target.parent, target.stem, ".png", png)
+    events.send("result", path=str(written), source=path, width=width, height=height, recipe=_recipe(texts))
+
+
+def _factor(job: UpscaleJob, picture: Picture, width: int) -> str:
+    """How much larger, as it is written into names and records: `2`, or the size that was asked for."""
+    return f"{job.width}x{job.height}" if job.width else str(width // picture.width)
+
+
+def _place(job: UpscaleJob, path: str, factor: str) -> Path:
+    """Where the enlarged picture goes, if nothing has its name."""
+    folder = Path(job.out) if job.out else Path(path).parent
+    return folder / f"{Path(path).stem}-{factor if 'x' in factor else f'{factor}x'}.png"
 
 
 def _target(job: UpscaleJob, network: Upscaler, picture: Picture) -> tuple[int, int]:

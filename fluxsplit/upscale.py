@@ -5,6 +5,7 @@ How large a tile may be is known before the first is computed (`alive_bytes`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,13 +152,12 @@ def enlarged_strips(
     Only one row of tiles is held in fp32.
     """
     height, width = pixels.shape[1:]
-    if network.tiles_itself or not tiling.tile or max(height, width) <= tiling.tile:
+    if _in_one_piece(network, width, height, tiling):
         yield network.apply(pixels)
         on_tile(1, 1)
         return
     padded = _padded(pixels, network.multiple)
-    rows = cut(padded.shape[1], tiling.tile, tiling.overlap, network.alignment)
-    columns = cut(padded.shape[2], tiling.tile, tiling.overlap, network.alignment)
+    rows, columns = (cut(side, tiling.tile, tiling.overlap, network.alignment) for side in padded.shape[1:])
     scale, total = network.scale, len(rows) * len(columns)
     carried = torch.zeros(3, 0, padded.shape[2] * scale)
     for number, row in enumerate(rows):
@@ -172,6 +172,18 @@ def enlarged_strips(
         carried = strip[:, final:]
         last = min(final, height * scale - row.keep_start * scale)
         yield strip[:, :last, : width * scale]
+
+
+def tile_count(network: Upscaler, width: int, height: int, tiling: Tiling) -> int:
+    """How many tiles a picture of this size is enlarged in."""
+    if _in_one_piece(network, width, height, tiling):
+        return 1
+    padded = (side + -side % network.multiple for side in (width, height))
+    return math.prod(len(cut(side, tiling.tile, tiling.overlap, network.alignment)) for side in padded)
+
+
+def _in_one_piece(network: Upscaler, width: int, height: int, tiling: Tiling) -> bool:
+    return network.tiles_itself or not tiling.tile or max(height, width) <= tiling.tile
 
 
 def _kept(tile: torch.Tensor, row: Span, column: Span, scale: int) -> torch.Tensor:

@@ -56,6 +56,14 @@ class VaeSession:
         passes = self.vae.encoder_passes(pixels.shape[0], pixels.shape[1])
         return self._planned(passes, lambda plan: self.vae.encode(pixels, plan, advance, self._folder))[0]
 
+    def decode_plan(self, height: int, width: int) -> VaePlan:
+        """How latents of this size would be decoded in strips now; raises FluxsplitError where no plan fits."""
+        return self._fitting(self.vae.decoder_passes(height, width), self.dtype)[0]
+
+    def encode_plan(self, height: int, width: int) -> VaePlan:
+        """How a picture of this size in pixels would be encoded now; raises as `decode_plan` does."""
+        return self._fitting(self.vae.encoder_passes(height, width), self.dtype)[0]
+
     def _planned(self, passes: tuple[Pass, ...], carry_out: Callable[[VaePlan], T]) -> tuple[T, str]:
         def attempt(dtype: str) -> T:
             plan = self._plan(passes, dtype)
@@ -73,17 +81,21 @@ class VaeSession:
         return self._in_some_dtype(attempt)
 
     def _plan(self, passes: tuple[Pass, ...], dtype: str) -> VaePlan:
-        info = device_info(self.device)
-        budget = budget_bytes(self._vram, info, again=self._again)
+        plan, budget = self._fitting(passes, dtype)
         self._again = True
-        plan = plan_vae(passes, dtype, budget, info, smaller=self._smaller)
-        if info.kind != "cpu":
+        if self.device.type != "cpu":
             keep_within(budget, self.device)
         if plan.home != "device":
             width = max(passes[0].width, passes[-1].out_width)  # of the picture, be it the first plane or the last
             height = max(passes[0].height, passes[-1].out_height)
             self._events.send("note", text=f"VAE for {width}x{height} pixels: {plan.text()}")
         return plan
+
+    def _fitting(self, passes: tuple[Pass, ...], dtype: str) -> tuple[VaePlan, int]:
+        """The plan for the device as it is now, and the budget that it was made for."""
+        info = device_info(self.device)
+        budget = budget_bytes(self._vram, info, again=self._again)
+        return plan_vae(passes, dtype, budget, info, smaller=self._smaller), budget
 
     def _in_some_dtype(self, attempt: Callable[[str], T]) -> tuple[T, str]:
         """The result in the session's dtype, or in fp32 where it is not finite in that."""

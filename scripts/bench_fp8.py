@@ -60,6 +60,11 @@ def compare_codes(float8: torch.dtype, dtype: torch.dtype, device: torch.device)
 
 def best_s(work: Callable[[], object], device: torch.device, times: int = TIMES) -> float:
     """Seconds that `work` takes at best: CPU seconds of this process on a CPU, else wall seconds to the last kernel."""
+    return min(all_s(work, device, times))
+
+
+def all_s(work: Callable[[], object], device: torch.device, times: int) -> list[float]:
+    """Seconds of each of several times, counted as `best_s` does, after one that does not count."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     work()
     taken: list[float] = []
@@ -69,7 +74,7 @@ def best_s(work: Callable[[], object], device: torch.device, times: int = TIMES)
         work()
         _wait(device)
         taken.append(clock() - started)
-    return min(taken)
+    return taken
 
 
 def _wait(device: torch.device) -> None:

@@ -13,7 +13,15 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxsplit import attention, placement
-from fluxsplit.attention import BlockAttention, attend_in_chunks, has_fused_attention, rotations, use_attention
+from fluxsplit.attention import (
+    BlockAttention,
+    attend,
+    attend_by_heads,
+    attend_in_chunks,
+    has_fused_attention,
+    rotations,
+    use_attention,
+)
 
 HEADS, HEAD = 4, 128
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -61,6 +69,38 @@ def test_no_worse_than_torchs_own(dtype: torch.dtype) -> None:
     theirs = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors)).transpose(1, 2)
     error, own = (theirs.double() - exact).abs().mean(), (attend_in_chunks(*tensors, 33).double() - exact).abs().mean()
     assert own < (10 if dtype == torch.float16 else 1.5) * error + 1e-9  # fp16 scores are rounded to fp16
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("rows", [7, 64, 512])
+def test_heads_one_by_one_are_as_exact_as_torchs_own(spread: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_MIN_ROWS", rows)
+    monkeypatch.setattr(attention, "_MAX_ROWS", rows)
+    tensors = [torch.cat([one, one.flip(1) / 2]) for one in heads_of(150, torch.bfloat16, seed=2, spread=spread)]
+    got, exact = attend_by_heads(*tensors), exactly(*tensors)
+    theirs = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors)).transpose(1, 2)
+    assert got.shape == exact.shape and got.dtype == torch.bfloat16 and got.is_contiguous()
+    assert (got.double() - exact).abs().mean() < 1.5 * (theirs.double() - exact).abs().mean()
+
+
+def test_scores_have_twice_the_digits_of_bf16() -> None:
+    """Rounded to bf16, these scores of 90 differ by 0.5 at least, and shares of e to that."""
+    tensors = heads_of(64, torch.bfloat16, seed=3, spread=3.0)
+    error = (attend_by_heads(*tensors).double() - exactly(*tensors)).abs().mean()
+    query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
+    coarse = torch.softmax((query @ key.mT).float() / HEAD**0.5, dim=-1).to(torch.bfloat16) @ value
+    assert error < (coarse.transpose(1, 2).double() - exactly(*tensors)).abs().mean() / 3
+
+
+def test_heads_come_one_by_one_where_only_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = heads_of(20, torch.bfloat16)
+    taken: list[bool] = []
+    monkeypatch.setattr(attention, "attend_by_heads", lambda *heads: (taken.append(True), attend_by_heads(*heads))[1])
+    for quick in (False, True):
+        monkeypatch.setattr(attention, "_has_quick_bf16_products_only", lambda quick=quick: quick)
+        attend(*tensors)
+        attend(*(tensor.float() for tensor in tensors))
+        assert len(taken) == int(quick)
 
 
 def test_rows_do_not_depend_on_the_chunk() -> None:

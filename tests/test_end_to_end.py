@@ -69,17 +69,45 @@ def test_a_latent_too_large_for_the_budget_does_not_stop_the_others(
 
 def test_what_is_decoded_again_is_told(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:
     words = ("decode", str(sampled[1][0]), "-o", str(tmp_path))
-    assert "beside" not in fluxsplit(*words, cwd=tmp_path).stderr
-    assert "1 written beside pictures that were there" in fluxsplit(*words, cwd=tmp_path).stderr
-    assert "beside" not in fluxsplit(*words, "--overwrite", cwd=tmp_path).stderr
+    first, again = (fluxsplit(*words, cwd=tmp_path) for _ in range(2))
+    assert "beside" not in first.stderr + again.stderr
+    assert first.stdout == again.stdout and len(list(tmp_path.iterdir())) == 1, "the same picture is there already"
+    another = fluxsplit(*words, "--vae-dtype", "bf16", cwd=tmp_path)
+    assert "1 written beside pictures that were there" in another.stderr and len(list(tmp_path.iterdir())) == 2
+    assert "beside" not in fluxsplit(*words, "--vae-dtype", "bf16", "--overwrite", cwd=tmp_path).stderr
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_dry_run_of_decode_says_how_and_makes_nothing(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:
+    large = write_latent(tmp_path, "large", bytes(4 * 16 * 256 * 256), (1, 16, 256, 256), None)
+    words = ("decode", *sampled[1], large, "--vae", "demo", "--vram", "22M", "-o", tmp_path / "out", "--dry-run")
+    done = fluxsplit(*words, cwd=tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert "for 2048x2048 in fp32 even in the smallest strips" in done.stderr
+    assert [f"{path} to {tmp_path / 'out' / path.stem}.png: 136x120 on cpu, fp32, peak 0.0" for path in sampled[1]] == [
+        line[: line.index("peak 0.0") + 8] for line in done.stdout.splitlines()
+    ]
+    told = [json.loads(line) for line in fluxsplit(*words, "--json", cwd=tmp_path).stdout.splitlines()]
+    assert [one.get("width") for one in told] == [136, 136, None] and told[0]["plan"] in done.stdout
+    assert told[2]["failed"] == str(large) and "--vram" in told[2]["hint"] + told[2]["message"]
+    tiled = fluxsplit("decode", sampled[1][0], "--tile", "64", "--dry-run", cwd=tmp_path)
+    assert "in tiles of 64 pixels" in tiled.stdout and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_dry_run_of_encode_and_upscale(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:
+    (picture,) = fluxsplit("decode", sampled[1][0], "-o", tmp_path, cwd=tmp_path).stdout.split()
+    done = fluxsplit("encode", picture, "--size", "64x48", "--dry-run", cwd=tmp_path)
+    where = tmp_path / "latents" / f"{Path(picture).stem}.pt"
+    assert done.stdout.startswith(f"{picture} to {where}: 64x48 on cpu, fp32, peak ") and not where.parent.exists()
 
 
 def test_decode_carries_the_recipe_into_the_picture(sampled: tuple[Path, list[Path], str]) -> None:
     folder, paths, _ = sampled
     done = fluxsplit("decode", *paths, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
-    pictures = [Path(json.loads(line)["path"]) for line in done.stdout.splitlines()]
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(one["source"], one["width"], one["height"]) for one in told] == [(str(path), 136, 120) for path in paths]
+    pictures = [Path(one["path"]) for one in told]
     assert [picture.parent for picture in pictures] == [folder / "images"] * 2
     assert read_recipe(pictures[0]) == read_latent(paths[0]).recipe
     png = read_png(pictures[0])

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,25 @@ def test_a_jpeg_is_turned_upright_and_keeps_its_prompt(weights: dict[str, Path],
     assert texts["postprocessing"].startswith("Postprocess upscale by: 2, Postprocess upscaler: x2.pth, ")
 
 
+def test_the_same_enlargement_is_not_written_twice(weights: dict[str, Path], tmp_path: Path) -> None:
+    of_kind("RGB").save(tmp_path / "a.png")
+    job = UpscaleJob((str(tmp_path / "a.png"),), str(weights["x2"]), "cpu")
+    assert results(job) == results(job) == [tmp_path / "a-2x.png"]
+    (tmp_path / "a-2x.png").write_bytes(b"another's")
+    assert results(job) == [tmp_path / "a-2x-2.png"]
+
+
+def test_a_dry_run_says_what_would_be_made(weights: dict[str, Path], tmp_path: Path) -> None:
+    of_kind("RGB").resize((300, 200)).save(tmp_path / "a.png")
+    job = UpscaleJob((str(tmp_path / "a.png"), "no.png"), str(weights["x2"]), "cpu", tile=96, dry_run=True)
+    planned, failed = staged(job)
+    assert planned["event"] == "planned" and (planned["width"], planned["height"]) == (600, 400)
+    assert planned["path"] == str(tmp_path / "a-2x.png") and not Path(planned["path"]).exists()
+    assert (failed["event"], failed["item"]) == ("failed", "no.png")
+    tiles = sum(event["event"] == "upscale" for event in staged(replace(job, images=job.images[:1], dry_run=False)))
+    assert tiles > 1 and planned["plan"] == f"x2.pth, fp32, {tiles} tiles"
+
+
 def test_metadata_is_carried_over_and_the_upscaler_added(weights: dict[str, Path], tmp_path: Path) -> None:
     record = ImageRecord(make_recipe(width=16, height=16), "ab" * 32, WeightsStamp("ae"))
     texts = {**png_text_chunks(record, {"workflow": '{"ü": 1}'}), "Comment": "kept"}
@@ -383,7 +403,8 @@ def test_metadata_is_carried_over_and_the_upscaler_added(weights: dict[str, Path
 def test_nothing_is_overwritten_unless_asked(weights: dict[str, Path], tmp_path: Path) -> None:
     of_kind("RGB").save(tmp_path / "a.png")
     job = UpscaleJob((str(tmp_path / "a.png"),), str(weights["x2"]), "cpu")
-    assert [results(job)[0].name for _ in range(2)] == ["a-2x.png", "a-2x-2.png"]
+    (tmp_path / "a-2x.png").write_bytes(b"another's")
+    assert results(job)[0].name == "a-2x-2.png"
     over = UpscaleJob((str(tmp_path / "a.png"),), str(weights["x2"]), "cpu", overwrite=True)
     assert results(over)[0].name == "a-2x.png" and not (tmp_path / "a-2x-3.png").exists()
 

@@ -1,0 +1,34 @@
+"""Events about single files: what a stage would make of one in a dry run, and that one failed while the rest go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fluxsplit.device import device_name
+from fluxsplit.errors import FluxsplitError, ends_all
+from fluxsplit.events import Events
+
+
+@contextmanager
+def failure_told(path: str, events: Events) -> Iterator[None]:
+    """A failure inside is that of one file, unless it ends everything."""
+    try:
+        yield
+    except FluxsplitError as error:
+        if ends_all(error):
+            raise
+        events.send("failed", item=path, message=error.message, hint=error.hint)
+
+
+def tell_planned(
+    events: Events, item: str, target: Path, size: tuple[int, int], device: torch.device, plan: str
+) -> None:
+    """Tell what would be made of file `item`, of what width and height in pixels, where and by what plan."""
+    width, height = size
+    events.send(
+        "planned", item=item, path=str(target), width=width, height=height, device=device_name(device), plan=plan
+    )
