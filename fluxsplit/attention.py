@@ -69,15 +69,18 @@ def attend_by_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     """`attend` by products of bf16, a head and some rows of its scores at a time: all bf16 [B, L, H, D]."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     batch, tokens, heads, width = query.shape
-    rows = max(_MIN_ROWS, min(_MAX_ROWS, _SCORE_BYTES // (4 * tokens)))
+    rows = min(tokens, max(_MIN_ROWS, min(_MAX_ROWS, _SCORE_BYTES // (4 * tokens))))
+    narrow, wide = (query.new_empty(2, rows, tokens, dtype=dtype) for dtype in (query.dtype, torch.float32))
     for one, head in itertools.product(range(batch), range(heads)):
         keys, values = key[one, :, head].t(), value[one, :, head]
         for start in range(0, tokens, rows):
             queries = query[one, start : start + rows, head]
-            rounded = torch.mm(queries, keys)
-            off = torch.addmm(rounded, queries, keys, beta=-1)
-            scores = rounded.float().add_(off).mul_(1 / math.sqrt(width))
-            out[one, start : start + rows, head] = torch.softmax(scores, dim=-1).to(value.dtype) @ values
+            rounded, off, scores, shares = (both[: len(queries)] for both in (*narrow, *wide))
+            torch.mm(queries, keys, out=rounded)
+            torch.addmm(rounded, queries, keys, beta=-1, out=off)
+            scores.copy_(rounded).add_(off).mul_(1 / math.sqrt(width))
+            torch.softmax(scores, dim=-1, out=shares)
+            out[one, start : start + rows, head] = rounded.copy_(shares) @ values
     return out
 
 

@@ -140,6 +140,9 @@ class _Vaes:
             except FluxsplitError as error:
                 self._vae = error
         if isinstance(self._vae, FluxsplitError):
+            encoded_by = latent.encoded_by.name if latent.encoded_by else ""
+            if encoded_by:
+                raise type(self._vae)(f"{self._vae.message}; {encoded_by} encoded it", self._vae.hint)
             if latent.recipe is None:  # what encoded it the latent does not say
                 hint = f"{self._vae.hint}; if the demo model's VAE encoded it, give --vae demo"
                 raise type(self._vae)(self._vae.message, hint)
@@ -147,14 +150,15 @@ class _Vaes:
         return self._vae
 
     def _is_demo(self, latent: LatentFile) -> bool:
-        if latent.recipe is None or not latent.recipe.transformer.sha256:
+        stamp = latent.encoded_by or (latent.recipe.transformer if latent.recipe else None)
+        if stamp is None or not stamp.sha256:
             return False
         if self._demo_sha256 is None:
             try:
                 self._demo_sha256 = file_sha256(demo_files().transformer)
             except FluxsplitError:
                 self._demo_sha256 = ""
-        return latent.recipe.transformer.sha256 == self._demo_sha256
+        return stamp.sha256 == self._demo_sha256  # one file holds all of the demo model
 
 
 def _without_rivals(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

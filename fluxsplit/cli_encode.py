@@ -52,7 +52,7 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
     )
     if any(values.get(name) for name in ("vae", "model", "comfyui")):
         return replace(job, vae=resolve_vae(wanted_files(values)))
-    progress.note("no --vae and no --model given: using the demo model's VAE (decode with --vae demo)")
+    progress.note("no --vae and no --model given: using the demo model's VAE")
     return replace(job, vae=demo_files().vae)
 
 

@@ -89,6 +89,7 @@ def _latent(path: Path, size_bytes: int) -> Report:
         ("picture", f"{width}x{height} pixels"),
         ("latents", f"{'x'.join(map(str, first.shape))} fp32, all finite"),
         ("payload sha256", first.payload_sha256),
+        *([("encoded by", _stamp(first.encoded_by))] if first.encoded_by else []),
         *_foreign_facts(first.foreign),
     ]
     if first.recipe is None:
@@ -100,6 +101,7 @@ def _latent(path: Path, size_bytes: int) -> Report:
         "width": width,
         "height": height,
         "payload_sha256": [latent.payload_sha256 for latent in latents],
+        "encoded_by": asdict(first.encoded_by) if first.encoded_by else None,
         "foreign": first.foreign,
     }
     return Report(str(path), "latent", size_bytes, tuple(facts), first.recipe, details)

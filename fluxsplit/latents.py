@@ -4,10 +4,10 @@ Values are VAE-space fp32 [B, 16, height/8, width/8]: model space / 0.3611 + 0.1
 writes and what `AutoencoderKL.decode` takes as is. Scaling them again is a silent error, so every way in here
 ends in the same space, and files of unknown scale are refused. What a file is, its content says, not its name.
 
-| file | tensor | recipe and SHA-256 of the payload |
+| file | tensor | recipe, SHA-256 of the payload, the VAE that encoded it, if one did |
 |---|---|---|
-| `.pt` | `latents` in a dict for `torch.load(weights_only=True)` | `recipe`, `sha256` in that dict |
-| `.safetensors` | `latents` | metadata `fluxsplit.recipe`, `fluxsplit.sha256` |
+| `.pt` | `latents` in a dict for `torch.load(weights_only=True)` | `recipe`, `sha256`, `vae` in that dict |
+| `.safetensors` | `latents` | metadata `fluxsplit.recipe`, `fluxsplit.sha256`, `fluxsplit.vae` |
 | `.latent` | `latent_tensor`, empty marker `latent_format_version_0` | the same, with ComfyUI's `prompt`, `workflow` |
 """
 
@@ -20,12 +20,20 @@ import struct
 import sys
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fluxsplit import durable
 from fluxsplit.errors import FluxsplitError, UsageError
-from fluxsplit.recipe import LATENT_CHANNELS, LATENT_FORMATS, MAX_SIDE_PX, VAE_FACTOR, Recipe
+from fluxsplit.recipe import (
+    LATENT_CHANNELS,
+    LATENT_FORMATS,
+    MAX_SIDE_PX,
+    VAE_FACTOR,
+    Recipe,
+    WeightsStamp,
+    stamp_from_json,
+)
 from fluxsplit.safetensor_header import LATENT_LIMITS, read_header
 from fluxsplit.torch_file import BYTES_BY_DTYPE, MAX_FILE_BYTES, ZIP_MAGIC, Tensor, read_torch_file, torch_file_bytes
 
@@ -33,6 +41,7 @@ FORMAT = "fluxsplit-latent-1"
 SUFFIXES = {"pt": ".pt", "safetensors": ".safetensors", "latent": ".latent"}
 RECIPE_KEY = "fluxsplit.recipe"
 SHA256_KEY = "fluxsplit.sha256"
+VAE_KEY = "fluxsplit.vae"
 COMFY_TENSOR = "latent_tensor"
 COMFY_MARKER = "latent_format_version_0"
 FOREIGN_KEYS = ("prompt", "workflow")
@@ -60,6 +69,8 @@ class LatentFile:
     foreign: dict[str, str]
     """ComfyUI's `prompt` and `workflow`, unchanged, where the file has them."""
     payload_sha256: str
+    encoded_by: WeightsStamp | None = None
+    """The VAE of a latent that was made from a picture; None for others, and where it is not said."""
     index: int = 0
     """Item of the batch that the file holds."""
     batch: int = 1
@@ -90,13 +101,20 @@ def read_latents(path: str | Path) -> list[LatentFile]:
 
 
 def write_latent(
-    folder: str | Path, stem: str, payload: bytes, shape: Shape, recipe: Recipe | None, *, format: str = "pt"
+    folder: str | Path,
+    stem: str,
+    payload: bytes,
+    shape: Shape,
+    recipe: Recipe | None,
+    *,
+    format: str = "pt",
+    encoded_by: WeightsStamp | None = None,
 ) -> Path:
     """Write latents to the first free `folder/stem.ext`, `stem-2.ext`, ..., durably; returns the path.
 
     `payload` is little-endian fp32 [1, 16, height/8, width/8] in C order, VAE space; `format` is one of
-    `LATENT_FORMATS`. Raises FluxsplitError where values are not finite, where size and recipe disagree, or
-    where the disk refuses.
+    `LATENT_FORMATS`; `encoded_by` is the VAE, where it was made from a picture. Raises FluxsplitError where values are
+    not finite, where size and recipe disagree, or where the disk refuses.
     """
     if format not in LATENT_FORMATS:
         raise UsageError(f"latent format {format!r} is not one of {', '.join(LATENT_FORMATS)}")
@@ -107,29 +125,33 @@ def write_latent(
             _check_size(shape, recipe)
     except FluxsplitError as error:
         raise FluxsplitError(f"latent {stem} is not written: {error.message}", error.hint) from None
-    return durable.write_free(folder, stem, SUFFIXES[format], _encoded(payload, shape, recipe, format))
+    return durable.write_free(folder, stem, SUFFIXES[format], _encoded(payload, shape, recipe, format, encoded_by))
 
 
-def _encoded(payload: bytes, shape: Shape, recipe: Recipe | None, format: str) -> list[bytes | memoryview]:
+def _encoded(
+    payload: bytes, shape: Shape, recipe: Recipe | None, format: str, encoded_by: WeightsStamp | None
+) -> list[bytes | memoryview]:
     sha256 = hashlib.sha256(payload).hexdigest()
     text = "" if recipe is None else recipe.to_json()
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise FluxsplitError("the prompt holds a character that is no Unicode text", "retype the prompt") from None
+    stamp = "" if encoded_by is None else json.dumps(asdict(encoded_by))
     if format == "pt":
-        return [torch_file_bytes("latents", shape, payload, {"format": FORMAT, "recipe": text, "sha256": sha256})]
+        texts = {"format": FORMAT, "recipe": text, "sha256": sha256} | ({"vae": stamp} if stamp else {})
+        return [torch_file_bytes("latents", shape, payload, texts)]
     entry = {"dtype": "F32", "shape": shape, "data_offsets": (0, len(payload))}
     empty = {"dtype": "F32", "shape": (0,), "data_offsets": (len(payload), len(payload))}
     tensors = {"latents": entry} if format == "safetensors" else {COMFY_TENSOR: entry, COMFY_MARKER: empty}
-    metadata = {"format": FORMAT, RECIPE_KEY: text, SHA256_KEY: sha256}
+    metadata = {"format": FORMAT, RECIPE_KEY: text, SHA256_KEY: sha256} | ({VAE_KEY: stamp} if stamp else {})
     header = json.dumps({"__metadata__": metadata, **tensors}, ensure_ascii=False).encode("utf-8")
     header += b" " * (-len(header) % 8)
     return [struct.pack("<Q", len(header)), header, payload]
 
 
 def _read(path: Path) -> _Read:
-    """Format, raw tensor, our own texts (format, recipe, sha256) and foreign texts of the file."""
+    """Format, raw tensor, our own texts (format, recipe, sha256, vae) and foreign texts of the file."""
     with path.open("rb") as file:
         start = file.read(512)
     if start.startswith(ZIP_MAGIC):
@@ -144,7 +166,7 @@ def _read(path: Path) -> _Read:
 
 def _read_pt(path: Path) -> _Read:
     try:
-        table = read_torch_file(path, (*_TENSOR_NAMES, "format", "recipe", "sha256"))
+        table = read_torch_file(path, (*_TENSOR_NAMES, "format", "recipe", "sha256", "vae"))
     except FluxsplitError as error:
         raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
     texts = {name: value for name, value in table.items() if isinstance(value, str) and name not in _TENSOR_NAMES}
@@ -176,7 +198,7 @@ def _read_safetensors(path: Path) -> _Read:
         data = file.read(info.end - info.start)
     if len(data) != info.end - info.start:
         raise FluxsplitError(f"{path.name} became shorter while it was read")
-    ours = {"recipe": RECIPE_KEY, "sha256": SHA256_KEY, "format": "format"}
+    ours = {"recipe": RECIPE_KEY, "sha256": SHA256_KEY, "vae": VAE_KEY, "format": "format"}
     texts = {name: header.metadata[key] for name, key in ours.items() if key in header.metadata}
     foreign = {key: header.metadata[key] for key in FOREIGN_KEYS if header.metadata.get(key)}
     kind = "latent" if info.name == COMFY_TENSOR else "safetensors"
@@ -189,6 +211,9 @@ def _checked(
     """The file's pictures, after everything that it says was held against everything else."""
     try:
         recipe = Recipe.from_json(texts["recipe"]) if texts.get("recipe") else None
+        encoded_by = (
+            stamp_from_json(texts["vae"], "its VAE") if texts.get("format") == FORMAT and "vae" in texts else None
+        )
         shape = (1, *tensor.shape) if len(tensor.shape) == 3 and tensor.shape[0] != 1 else tensor.shape
         _check_shape(shape)
         batch, channels, height, width = shape
@@ -202,7 +227,7 @@ def _checked(
         raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
     if batch == 1:
         one = (1, channels, height, width)
-        return [LatentFile(str(path), kind, one, payload, recipe, foreign, sha256)]
+        return [LatentFile(str(path), kind, one, payload, recipe, foreign, sha256, encoded_by)]
     size = len(payload) // batch
     items = [payload[start : start + size] for start in range(0, len(payload), size)]
     return [
@@ -214,6 +239,7 @@ def _checked(
             None,
             foreign,
             hashlib.sha256(item).hexdigest(),
+            encoded_by,
             index,
             batch,
         )

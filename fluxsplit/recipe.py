@@ -252,6 +252,14 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 _OPTIONAL = {"start", "retried"}
 
 
+def stamp_from_json(text: str, what: str) -> WeightsStamp:
+    """The stamp in JSON text; raises FluxsplitError, which says `what` it is of."""
+    try:
+        return _as_stamp(strict_json(text))
+    except ValueError:
+        raise FluxsplitError(f"what it says of {what} is {text[:80]!r}") from None
+
+
 def recipe_from_object(value: Any) -> Recipe:
     """The recipe in a parsed JSON object; raises FluxsplitError naming the field that is wrong."""
     if not isinstance(value, dict) or value.get("fluxsplit") != SCHEMA:

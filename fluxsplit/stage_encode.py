@@ -10,11 +10,12 @@ from PIL import Image
 from fluxsplit import latents, picture_file
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
+from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.foretold import failure_told, tell_planned
 from fluxsplit.jobs import EncodeJob
 from fluxsplit.latents import SUFFIXES
 from fluxsplit.picture_file import Picture
-from fluxsplit.recipe import MAX_SIDE_PX
+from fluxsplit.recipe import MAX_SIDE_PX, WeightsStamp
 from fluxsplit.vae_session import VaeSession, teller
 
 
@@ -24,6 +25,7 @@ def run(job: EncodeJob, events: Events) -> None:
         _foretell(job, events)
         return
     session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
+    stamp = WeightsStamp(Path(job.vae).name, weights_sha256(job.vae))
     total, failed = len(job.images), 0
     for number, path in enumerate(job.images):
         events.send("encode", done=number, total=total)
@@ -32,7 +34,9 @@ def run(job: EncodeJob, events: Events) -> None:
             tensor = session.encode(pixels, teller(events, number, total, "encode"))
             payload, (_, channels, height, width) = tensor.numpy().tobytes(), tensor.shape
             shape = (1, channels, height, width)
-            written = latents.write_latent(job.out, Path(path).stem, payload, shape, None, format=job.format)
+            written = latents.write_latent(
+                job.out, Path(path).stem, payload, shape, None, format=job.format, encoded_by=stamp
+            )
             size = {"width": pixels.shape[1], "height": pixels.shape[0]}
             events.send("result", path=str(written), source=path, **size, recipe=None)
         except FluxsplitError as error:

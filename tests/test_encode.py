@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
 from fluxsplit import stage_decode, stage_encode
+from fluxsplit.errors import FluxsplitError
+from fluxsplit.fingerprint import file_sha256
+from fluxsplit.inspection import inspect
 from fluxsplit.jobs import DecodeJob, EncodeJob
-from fluxsplit.latents import read_latent
+from fluxsplit.latents import read_latent, write_latent
 from fluxsplit.models import demo_files
+from fluxsplit.recipe import LATENT_FORMATS, WeightsStamp
 
 
 class Recorder:
@@ -47,12 +52,32 @@ def test_there_and_back(tmp_path: Path) -> None:
     (result,) = encode(tmp_path, tmp_path / "a.png").of("result")
     latent = read_latent(result["path"])
     assert latent.shape == (1, 16, 12, 16) and latent.recipe is None
+    assert latent.encoded_by == WeightsStamp("flux-demo.safetensors", file_sha256(demo_files().vae))
     recorder = Recorder()
     stage_decode.run(DecodeJob((result["path"],), demo_files().vae, str(tmp_path / "b"), "cpu"), recorder)  # type: ignore[arg-type]
     with Image.open(recorder.of("result")[0]["path"]) as back:
         first, second = (_levels(image) for image in (drawn(128, 96), back))
     assert float((first - second).abs().mean()) < 20
     assert float((255 - first - second).abs().mean()) > 60
+
+
+@pytest.mark.parametrize("format", LATENT_FORMATS)
+def test_a_latent_names_the_vae_that_encoded_it(format: str, tmp_path: Path) -> None:
+    drawn(32, 16).save(tmp_path / "a.png")
+    (result,) = encode(tmp_path, tmp_path / "a.png", format=format).of("result")
+    assert (result["source"], result["width"], result["height"]) == (str(tmp_path / "a.png"), 32, 16)
+    read = read_latent(result["path"]).encoded_by
+    assert read is not None and read.name == "flux-demo.safetensors"
+    facts = dict(inspect(result["path"]).facts)
+    assert facts["encoded by"].startswith("flux-demo.safetensors (sha256 ")
+
+
+def test_what_encoded_a_latent_may_not_be_anything(tmp_path: Path) -> None:
+    payload = bytes(4 * 16 * 2 * 2)
+    for stamp in (WeightsStamp("x" * 10_000), WeightsStamp("ae", "no hash")):
+        made = write_latent(tmp_path, "a", payload, (1, 16, 2, 2), None, encoded_by=stamp)
+        with pytest.raises(FluxsplitError, match="what it says of its VAE is"):
+            read_latent(made)
 
 
 def _levels(image: Image.Image) -> torch.Tensor:
