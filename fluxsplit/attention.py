@@ -87,7 +87,20 @@ def attend_by_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 @functools.cache
 def _has_quick_bf16_products_only() -> bool:
     """Whether this CPU multiplies bf16 quickly and torch's fused attention does not, which it does with AMX."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return (
+        torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+        and _subtracts_before_rounding()
+    )
+
+
+def _subtracts_before_rounding() -> bool:
+    """Whether a product of bf16 from which another is subtracted is rounded only then: tried, not taken for granted."""
+    random = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(_PROBE_TOKENS, 128, generator=random).to(torch.bfloat16) for _ in range(2))
+    exact, rounded = left.float() @ right.float().T, left @ right.T
+    off = torch.addmm(rounded, left, right.T, beta=-1)
+    return bool((rounded.float() + off - exact).abs().max() < exact.abs().max() / 2**15)
 
 
 @functools.cache

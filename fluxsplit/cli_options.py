@@ -69,7 +69,12 @@ RerenderSize = Annotated[
     typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Pixels, multiples of 8. [the picture's own]"),
 ]
 Scale = Annotated[
-    float | None, typer.Option(metavar="F", rich_help_panel=PICTURE, help="Times the picture's own size, to 8 pixels.")
+    float | None,
+    typer.Option(
+        metavar="F",
+        rich_help_panel=PICTURE,
+        help="Times the size it was rendered at, before any upscaling, to 8 pixels.",
+    ),
 ]
 Keep = Annotated[
     str | None,

@@ -83,6 +83,7 @@ def test_heads_one_by_one_are_as_exact_as_torchs_own(spread: float, rows: int, m
     assert (got.double() - exact).abs().mean() < 1.5 * (theirs.double() - exact).abs().mean()
 
 
+@pytest.mark.skipif(not attention._has_quick_bf16_products_only(), reason="heads come one by one on other CPUs")
 def test_scores_have_twice_the_digits_of_bf16() -> None:
     """Rounded to bf16, these scores of 90 differ by 0.5 at least, and shares of e to that."""
     tensors = heads_of(64, torch.bfloat16, seed=3, spread=3.0)
@@ -90,6 +91,11 @@ def test_scores_have_twice_the_digits_of_bf16() -> None:
     query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
     coarse = torch.softmax((query @ key.mT).float() / HEAD**0.5, dim=-1).to(torch.bfloat16) @ value
     assert error < (coarse.transpose(1, 2).double() - exactly(*tensors)).abs().mean() / 3
+
+
+def test_products_that_are_rounded_too_early_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "addmm", lambda rounded, left, right, beta: left @ right + beta * rounded)
+    assert not attention._subtracts_before_rounding()
 
 
 def test_heads_come_one_by_one_where_only_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
