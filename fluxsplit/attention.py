@@ -87,11 +87,8 @@ def attend_by_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 @functools.cache
 def _has_quick_bf16_products_only() -> bool:
     """Whether this CPU multiplies bf16 quickly and torch's fused attention does not, which it does with AMX."""
-    return (
-        torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-        and _subtracts_before_rounding()
-    )
+    quick = torch.cpu._is_avx512_bf16_supported() and torch.backends.mkldnn.is_available()
+    return quick and not torch.cpu._is_amx_tile_supported() and _subtracts_before_rounding()
 
 
 def _subtracts_before_rounding() -> bool:

@@ -93,7 +93,7 @@ def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
         try:
             groups.setdefault(vaes.of(read_latents(file)[0]), []).append(absolute(file))
         except FluxsplitError as error:
-            refused.append(Refused(str(file), error))
+            refused.append(Refused(absolute(file), error))
     jobs = tuple(replace(job, latents=tuple(latents), vae=vae) for vae, latents in groups.items())
     return DecodePlan(jobs, tuple(refused))
 
@@ -117,8 +117,10 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
     if plan.upscale is not None and any(job.dry_run for job in plan.jobs):
         progress.note(f"what is decoded would be enlarged by {Path(plan.upscale.job.weights).name}")
     elif plan.upscale is not None:
-        upscale_paths(progress.results[before:], plan.upscale, progress)  # the VAE's process has ended
-    return 1 if progress.failures else 0
+        made = dict.fromkeys(progress.results[before:])  # each picture once
+        upscale_paths(tuple(made), plan.upscale, progress)  # the VAE's process has ended
+    codes = {refused.error.exit_code for refused in plan.refused}
+    return codes.pop() if not plan.jobs and len(codes) == 1 else int(bool(progress.failures))
 
 
 class _Vaes:

@@ -92,7 +92,7 @@ def _orders(sources: Sequence[Path], values: Mapping[str, Any], progress: Progre
             told = error if source.name in error.message else type(error)(f"{source.name}: {error.message}", error.hint)
             if len(sources) == 1:
                 raise told from None
-            progress.failed("", told.message, told.hint)
+            progress.failed(absolute(source), error.message, error.hint)
     return orders
 
 

@@ -66,7 +66,11 @@ def upscale_options(values: dict[str, Any], progress: Progress) -> UpscaleOption
         progress.show({"event": "load", "what": name, "done_bytes": done_bytes, "total_bytes": total_bytes})
 
     comfyui = places.comfyui_root(values.get("comfyui", ""))
-    chosen = choose(str(values["upscale"]), comfyui, bool(values.get("fetch", False)), on_bytes)
+    fetch = bool(values.get("fetch", False))
+    if fetch and job.dry_run:
+        progress.note("a dry run fetches no weights: this is what would be done with those that are here")
+        fetch = False
+    chosen = choose(str(values["upscale"]), comfyui, fetch, on_bytes)
     return UpscaleOptions(_with_weights(job, chosen), chosen.note)
 
 

@@ -61,28 +61,43 @@ def write_free(folder: str | Path, stem: str, suffix: str, data: Bytes | Iterabl
 
     `suffix` comes with its dot. Two processes that race for a name get two names. Raises FluxsplitError.
     """
-    folder = Path(folder)
-
-    def commit(part: Path) -> Path:
-        for name in itertools.islice(_names(stem, suffix), MAX_SAME_NAMES):
-            with contextlib.suppress(FileExistsError):
-                _link(part, folder / name)
-                return folder / name
-        raise FluxsplitError(f"{folder} holds {MAX_SAME_NAMES} files named {stem}{suffix}", "use another folder")
-
-    return _write(folder / (stem + suffix), data, commit)
+    return _write_free(Path(folder), stem, suffix, data, lambda taken: False)
 
 
 def write_once(folder: str | Path, stem: str, suffix: str, data: bytes) -> Path:
-    """As `write_free`, but where `stem.ext` has these bytes already it is left alone, and is the path returned.
+    """As `write_free`, but where one of the names is taken by just these bytes, that file is left alone and returned.
 
-    For what is made of one file again and again, as previews: each time the same, under one name.
+    For what is made of one file again and again: each time the same, under one name.
     """
-    path = Path(folder) / (stem + suffix)
-    with contextlib.suppress(OSError):
-        if path.stat().st_size == len(data) and path.read_bytes() == data:
-            return path
-    return write_free(folder, stem, suffix, data)
+
+    def is_there(taken: Path) -> bool:
+        try:
+            if taken.stat().st_size != len(data) or taken.read_bytes() != data:
+                return False
+        except OSError:
+            return False
+        _flush_file(taken)  # whoever wrote it may not have
+        return True
+
+    return _write_free(Path(folder), stem, suffix, data, is_there)
+
+
+def _write_free(
+    folder: Path, stem: str, suffix: str, data: Bytes | Iterable[Bytes], is_there: Callable[[Path], bool]
+) -> Path:
+    """Write to the first name that is free; where `is_there` says so of a file before it, that is the result."""
+
+    def commit(part: Path) -> Path:
+        for name in itertools.islice(_names(stem, suffix), MAX_SAME_NAMES):
+            try:
+                _link(part, folder / name)
+            except FileExistsError:
+                if not is_there(folder / name):
+                    continue
+            return folder / name
+        raise FluxsplitError(f"{folder} holds {MAX_SAME_NAMES} files named {stem}{suffix}", "use another folder")
+
+    return _write(folder / (stem + suffix), data, commit)
 
 
 def replace(path: str | Path, data: Bytes | Iterable[Bytes]) -> Path:
@@ -335,6 +350,16 @@ def _make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
         _flush_folder(made.parent)
+
+
+def _flush_file(path: Path) -> None:
+    """Make what another wrote survive a power cut; Windows does that for none but the writer."""
+    if os.name != "nt":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -137,7 +137,7 @@ def _encoded(
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise FluxsplitError("the prompt holds a character that is no Unicode text", "retype the prompt") from None
-    stamp = "" if encoded_by is None else json.dumps(asdict(encoded_by))
+    stamp = "" if encoded_by is None else json.dumps(asdict(encoded_by)).encode("ascii", "replace").decode()
     if format == "pt":
         texts = {"format": FORMAT, "recipe": text, "sha256": sha256} | ({"vae": stamp} if stamp else {})
         return [torch_file_bytes("latents", shape, payload, texts)]

@@ -256,7 +256,7 @@ def stamp_from_json(text: str, what: str) -> WeightsStamp:
     """The stamp in JSON text; raises FluxsplitError, which says `what` it is of."""
     try:
         return _as_stamp(strict_json(text))
-    except ValueError:
+    except (ValueError, FluxsplitError):
         raise FluxsplitError(f"what it says of {what} is {text[:80]!r}") from None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from fluxsplit import latents, picture_file
+from fluxsplit.beside import thread_beside
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_sha256
@@ -24,8 +26,12 @@ def run(job: EncodeJob, events: Events) -> None:
     if job.dry_run:
         _foretell(job, events)
         return
+    with thread_beside() as hashing:
+        _encode(job, events, hashing.submit(_stamp, job.vae))
+
+
+def _encode(job: EncodeJob, events: Events, stamp: Future[WeightsStamp]) -> None:
     session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
-    stamp = WeightsStamp(Path(job.vae).name, weights_sha256(job.vae))
     total, failed = len(job.images), 0
     for number, path in enumerate(job.images):
         events.send("encode", done=number, total=total)
@@ -35,7 +41,7 @@ def run(job: EncodeJob, events: Events) -> None:
             payload, (_, channels, height, width) = tensor.numpy().tobytes(), tensor.shape
             shape = (1, channels, height, width)
             written = latents.write_latent(
-                job.out, Path(path).stem, payload, shape, None, format=job.format, encoded_by=stamp
+                job.out, Path(path).stem, payload, shape, None, format=job.format, encoded_by=stamp.result()
             )
             size = {"width": pixels.shape[1], "height": pixels.shape[0]}
             events.send("result", path=str(written), source=path, **size, recipe=None)
@@ -45,6 +51,11 @@ def run(job: EncodeJob, events: Events) -> None:
             failed += 1
             events.send("failed", item=path, message=error.message, hint=error.hint)
     events.send("encode", done=total, total=total, failed=failed)
+
+
+def _stamp(path: str) -> WeightsStamp:
+    name = Path(path).name.encode("utf-8", "replace").decode()  # a recipe holds text, which not all names are
+    return WeightsStamp(name, weights_sha256(path))
 
 
 def _foretell(job: EncodeJob, events: Events) -> None:

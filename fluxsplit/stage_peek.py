@@ -38,7 +38,7 @@ def run(job: PeekJob, events: Events) -> None:
             for latent in read_latents(path):
                 made = _draw(decoder, latent, job, stamp, device)
                 recipe = latent.recipe.to_object() if latent.recipe else None
-                events.send("result", path=str(made), recipe=recipe)
+                events.send("result", path=str(made), source=path, recipe=recipe)
         except FluxsplitError as error:
             events.send("failed", item=path, message=error.message, hint=error.hint)
         events.send("decode", done=number + 1, total=len(job.latents))

@@ -37,7 +37,9 @@ class Scratch:
             return shape[0]
         row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
         rows = self._limit_bytes // row_bytes
-        return max(1, min(shape[0], rows - rows % ROWS if rows > ROWS else rows))
+        if rows >= shape[0]:
+            return shape[0]
+        return max(1, rows - rows % ROWS if rows > ROWS else rows)
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised matrix; whatever was taken before is overwritten. Grows to the largest asked for."""

@@ -456,6 +456,13 @@ def test_decode_looks_for_the_upscaler_first(run: Run) -> None:
     assert "--fetch downloads RealESRGAN_x4plus.pth (67 MB)" in ran.err and len(ran.err.splitlines()) == 1
 
 
+def test_a_dry_run_downloads_nothing(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxsplit.upscalers.download", lambda *_: pytest.fail("it was downloaded"))
+    (home / "a.png").write_bytes(b"x")
+    ran = run("upscale", "a.png", "--fetch", "--dry-run")
+    assert "a dry run fetches no weights" in ran.err and ran.job("upscale")["dry_run"] is True
+
+
 def test_upscale(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "ComfyUI" / "models" / "upscale_models"
     folder.mkdir(parents=True)

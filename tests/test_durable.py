@@ -126,11 +126,16 @@ def test_a_refusing_system_leaves_nothing(
     assert not (tmp_path / "new").exists() or names(tmp_path / "new") == []
 
 
-def test_what_is_there_already_is_not_written_again(tmp_path: Path) -> None:
+def test_what_is_there_already_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = durable.write_once(tmp_path, "a", ".png", b"same")
     before = first.stat()
     assert durable.write_once(tmp_path, "a", ".png", b"same") == first and first.stat() == before
     assert durable.write_once(tmp_path, "a", ".png", b"else").name == "a-2.png"
+    flushed: list[Path] = []
+    monkeypatch.setattr(durable, "_flush_file", flushed.append)
+    assert durable.write_once(tmp_path, "a", ".png", b"else").name == "a-2.png", "whichever of its names it has"
+    assert flushed == [tmp_path / "a-2.png"], "who wrote it may not have flushed it, and its latent may be deleted next"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
     assert first.read_bytes() == b"same" and len(list(tmp_path.iterdir())) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def test_a_latent_names_the_vae_that_encoded_it(format: str, tmp_path: Path) -> 
     assert read is not None and read.name == "flux-demo.safetensors"
     facts = dict(inspect(result["path"]).facts)
     assert facts["encoded by"].startswith("flux-demo.safetensors (sha256 ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names there are text")
+def test_a_vae_whose_name_is_no_text(tmp_path: Path) -> None:
+    vae = Path(os.fsdecode(os.fsencode(tmp_path) + b"/v\xff.safetensors"))
+    try:
+        vae.symlink_to(demo_files().vae)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    drawn(32, 16).save(tmp_path / "a.png")
+    recorder = Recorder()
+    stage_encode.run(EncodeJob((str(tmp_path / "a.png"),), str(vae), str(tmp_path), "cpu"), recorder)  # type: ignore[arg-type]
+    latent = read_latent(recorder.of("result")[0]["path"])
+    assert latent.encoded_by is not None and latent.encoded_by.name == "v?.safetensors"
 
 
 def test_what_encoded_a_latent_may_not_be_anything(tmp_path: Path) -> None:
