@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fluxsplit.errors import FluxsplitError, UsageError
@@ -118,7 +120,7 @@ def lora_warning(prompt: str) -> str:
 def check_range(flag: str, value: float, low: float, high: float) -> None:
     """Raise UsageError unless `value` lies in low..high (NaN does not)."""
     if not low <= value <= high:
-        raise UsageError(f"--{flag} {value:g} is outside {low:g}..{high:g}")
+        raise UsageError(f"--{flag} {value:.12g} is outside {low:g}..{high:g}")
 
 
 def prompts_of_lines(lines: Iterable[str], where: str) -> list[str]:
@@ -162,9 +164,20 @@ def read_stdin() -> list[str]:
 
 
 def read_names() -> list[str]:
-    """The file names on stdin: one a line, or divided by NUL (`find -print0`), in any encoding that files have here."""
+    """The file names on stdin: one a line, as with `--json` or without, or divided by NUL (`find -print0`).
+
+    In any encoding that files have here.
+    """
     text = _stdin_bytes().decode("utf-8-sig", "surrogateescape")
-    return text.split("\0") if "\0" in text else text.splitlines()
+    return text.split("\0") if "\0" in text else [_path_in(line) for line in text.splitlines()]
+
+
+def _path_in(line: str) -> str:
+    """The name on a line, be it one of those that `--json` prints."""
+    if line.startswith('{"path": "'):
+        with suppress(ValueError, RecursionError):
+            return str(json.loads(line)["path"])
+    return line
 
 
 def _stdin_bytes() -> bytes:
@@ -184,6 +197,18 @@ def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path
     if not files:
         raise UsageError(f"there is no {what}", "name files or folders, or - to read names from stdin")
     return list(files)
+
+
+def check_names_differ(files: Sequence[str | Path], folder: str) -> None:
+    """Raise UsageError where two files' results would have one name in `folder` (empty: each file's own)."""
+    first: dict[tuple[Path, str], Path] = {}
+    for file in map(Path, files):
+        other = first.setdefault((Path(folder) if folder else file.parent, file.stem.casefold()), file)
+        if other != file:
+            raise UsageError(
+                f"with --overwrite {other} and {file} would be written to one name, and the first be lost",
+                "drop --overwrite, or name them in two commands",
+            )
 
 
 def named(word: str) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable
-from fluxsplit.arguments import check_choice, check_device, files_in, gather_files
+from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
 from fluxsplit.errors import FluxsplitError, UsageError
@@ -86,6 +86,8 @@ def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
         dry_run=bool(values.get("dry_run", False)),
     )
     files = gather_latents(values.get("latents", []))
+    if job.overwrite:
+        check_names_differ(files, job.out)
     vaes = _Vaes(given, values)
     groups: dict[str, list[str]] = {}
     refused: list[Refused] = []

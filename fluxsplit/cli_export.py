@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from fluxsplit.arguments import check_choice, files_in, gather_files
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.export import TARGETS, export_picture
 from fluxsplit.jobs import absolute
 from fluxsplit.picture_file import SUFFIXES
@@ -22,7 +22,7 @@ def run_export(files: list[str], target: str, out: str, ai_mark: bool) -> int:
             for path in export_picture(source, target, Path(absolute(out)), ai_mark):
                 print(path)
         except FluxsplitError as error:
-            if len(sources) == 1:
+            if len(sources) == 1 or ends_all(error):
                 raise
             failures += 1
             print(f"fluxsplit: {error.line()}", file=sys.stderr)

@@ -217,7 +217,7 @@ Model = Annotated[
         "-m",
         metavar="FILE",
         rich_help_panel=FILES,
-        help="Weight file, diffusers folder, or a file name in ComfyUI's folders.",
+        help="Weight file, diffusers folder, a file name in ComfyUI's folders, or demo.",
     ),
 ]
 Vae = Annotated[

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import places
-from fluxsplit.arguments import check_device
+from fluxsplit.arguments import check_device, check_names_differ
 from fluxsplit.cli_decode import gather_latents
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import PeekJob, absolute
 from fluxsplit.latents import read_latents
@@ -30,6 +30,8 @@ def peek(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) ->
         out=absolute(values["out"]) if values.get("out") else "",
         overwrite=bool(values.get("overwrite", False)),
     )
+    if job.overwrite:
+        check_names_differ(job.latents, job.out)
     if weights:
         for event in run_stage("peek", job):
             progress.show(event)
@@ -47,6 +49,6 @@ def _linear(job: PeekJob, progress: Progress) -> None:
                 recipe = latent.recipe.to_object() if latent.recipe else None
                 progress.show({"event": "result", "path": str(made), "source": path, "recipe": recipe})
         except FluxsplitError as error:
-            if len(job.latents) == 1:
+            if len(job.latents) == 1 or ends_all(error):
                 raise
             progress.failed(path, error.message, error.hint)

@@ -144,7 +144,7 @@ def _wanted(found: FoundRecipe, values: Mapping[str, Any], told: Told) -> Wanted
         if found.model_hash and file_sha256(demo_files().transformer).startswith(found.model_hash.lower()):
             return Wanted()
     if not found.model:
-        raise UsageError("it does not say its model", "give --model")
+        raise UsageError("it does not say its model", "give --model, which may be demo")
     name = Path(found.model).name
     try:
         resolve(replace(wanted, model=name), ("transformer",))

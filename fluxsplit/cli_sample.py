@@ -182,7 +182,9 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
         events = events_with_retry(sample_stage, job, progress.note)
         for event in timed(events, plan.files.transformer, sizes):
             (on_result if on_result and event["event"] == "result" else progress.show)(event)
-        _keep(plan, places)
+            if event["event"] == "result":
+                _keep(plan, places)
+                places = {}  # kept with the first picture, whatever becomes of the others
     return 1 if progress.failures else 0
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxsplit import places
-from fluxsplit.arguments import check_choice, check_device, files_in, gather_files
+from fluxsplit import durable, places
+from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import UpscaleJob, absolute
@@ -38,6 +38,10 @@ def upscale(given: dict[str, Any], defaults: dict[str, Any], progress: Progress)
     values = defaults | given
     pictures = gather_files(values.get("pictures", []), _not_enlarged, "picture to enlarge")
     options = upscale_options({"upscale": "2", **values}, progress)
+    if options.job.overwrite:
+        check_names_differ(pictures, options.job.out)
+    for folder in {options.job.out or str(Path(picture).parent) for picture in pictures if not options.job.dry_run}:
+        durable.check_folder(folder)
     upscale_paths(pictures, options, progress)
     return 1 if progress.failures else 0
 

@@ -223,11 +223,14 @@ def plan_vae(
         plan = _plan(passes, dtype, budget_bytes, device, home, lowest_bytes)
         if plan.device_bytes <= budget_bytes and (home != "ram" or _fits_ram(plan, device)):
             return plan
-    size = f"{passes[-1].out_width}x{passes[-1].out_height}"
+    ends = (passes[0].width, passes[0].height), (passes[-1].out_width, passes[-1].out_height)
+    width, height = max(ends)  # of the picture, be it the first plane or the last
+    need = f"give --vram {-(-plan.device_bytes // 1_000_000)}M or more"
+    size = f"{width}x{height}"
     raise DoesNotFit(
         f"the VAE needs {plan.device_bytes / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
         f"and {budget_bytes / 1e6:.0f} MB may be used",
-        "give --vram more" if device.kind == "cpu" else "give --vram more, or use --device cpu",
+        need if device.kind == "cpu" else f"{need}, or use --device cpu",
     )
 
 

@@ -61,7 +61,16 @@ def write_free(folder: str | Path, stem: str, suffix: str, data: Bytes | Iterabl
 
     `suffix` comes with its dot. Two processes that race for a name get two names. Raises FluxsplitError.
     """
-    return _write_free(Path(folder), stem, suffix, data, lambda taken: False)
+    folder = Path(folder)
+
+    def commit(part: Path) -> Path:
+        for name in itertools.islice(_names(stem, suffix), MAX_SAME_NAMES):
+            with contextlib.suppress(FileExistsError):
+                _link(part, folder / name)
+                return folder / name
+        raise FluxsplitError(f"{folder} holds {MAX_SAME_NAMES} files named {stem}{suffix}", "use another folder")
+
+    return _write(folder / (stem + suffix), data, commit)
 
 
 def write_once(folder: str | Path, stem: str, suffix: str, data: bytes) -> Path:
@@ -69,35 +78,22 @@ def write_once(folder: str | Path, stem: str, suffix: str, data: bytes) -> Path:
 
     For what is made of one file again and again: each time the same, under one name.
     """
+    return already_there(folder, stem, suffix, data) or write_free(folder, stem, suffix, data)
 
-    def is_there(taken: Path) -> bool:
+
+def already_there(folder: str | Path, stem: str, suffix: str, data: bytes) -> Path | None:
+    """The file that holds just these bytes under one of the names that `write_free` would try, safely on the disk."""
+    for name in itertools.islice(_names(stem, suffix), MAX_SAME_NAMES):
+        path = Path(folder) / name
         try:
-            if taken.stat().st_size != len(data) or taken.read_bytes() != data:
-                return False
+            if path.stat().st_size == len(data) and path.read_bytes() == data:
+                _flush_file(path)  # whoever wrote it may not have
+                return path
+        except FileNotFoundError:
+            return None
         except OSError:
-            return False
-        _flush_file(taken)  # whoever wrote it may not have
-        return True
-
-    return _write_free(Path(folder), stem, suffix, data, is_there)
-
-
-def _write_free(
-    folder: Path, stem: str, suffix: str, data: Bytes | Iterable[Bytes], is_there: Callable[[Path], bool]
-) -> Path:
-    """Write to the first name that is free; where `is_there` says so of a file before it, that is the result."""
-
-    def commit(part: Path) -> Path:
-        for name in itertools.islice(_names(stem, suffix), MAX_SAME_NAMES):
-            try:
-                _link(part, folder / name)
-            except FileExistsError:
-                if not is_there(folder / name):
-                    continue
-            return folder / name
-        raise FluxsplitError(f"{folder} holds {MAX_SAME_NAMES} files named {stem}{suffix}", "use another folder")
-
-    return _write(folder / (stem + suffix), data, commit)
+            continue
+    return None
 
 
 def replace(path: str | Path, data: Bytes | Iterable[Bytes]) -> Path:

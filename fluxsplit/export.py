@@ -53,12 +53,13 @@ class Exported:
 def export_picture(path: str | Path, target: str, out: str | Path, ai_mark: bool = True) -> list[Path]:
     """Write the copy of `path` for `target` (one of `TARGETS`) into `out`; returns what was written.
 
+    With `ai_mark` a picture that says how it was rendered is marked as made by a model (IPTC).
     Nothing is overwritten, and a copy that is there already is not written again. Raises FluxsplitError where the
     picture is damaged or cannot be made to fit.
     """
     path = Path(path)
     picture, found = read_picture(path), read_found(path)
-    made = _EXPORTERS[target](picture, found, ai_mark)
+    made = _EXPORTERS[target](picture, found, ai_mark and found.tool is not None)  # a photo is nobody's rendering
     copy = durable.write_once(out, f"{path.stem}-{target}", made.suffix, made.data)
     if not made.alt_text:
         return [copy]

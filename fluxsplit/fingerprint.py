@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -82,4 +83,5 @@ def _remember(key: str, digest: str) -> None:
         part.write_text(json.dumps(dict(entries)))
         part.replace(target)
     except OSError:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that cannot be written to, as the rest
+            part.unlink(missing_ok=True)

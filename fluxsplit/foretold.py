@@ -25,10 +25,9 @@ def failure_told(path: str, events: Events) -> Iterator[None]:
 
 
 def tell_planned(
-    events: Events, item: str, target: Path, size: tuple[int, int], device: torch.device, plan: str
+    events: Events, source: str, target: Path, size: tuple[int, int], device: torch.device, plan: str
 ) -> None:
-    """Tell what would be made of file `item`, of what width and height in pixels, where and by what plan."""
+    """Tell what would be made of a file, of what width and height in pixels, where and by what plan."""
     width, height = size
-    events.send(
-        "planned", item=item, path=str(target), width=width, height=height, device=device_name(device), plan=plan
-    )
+    told = {"source": source, "path": str(target), "width": width, "height": height, "taken": target.exists()}
+    events.send("planned", **told, device=device_name(device), plan=plan)

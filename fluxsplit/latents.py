@@ -125,7 +125,10 @@ def write_latent(
             _check_size(shape, recipe)
     except FluxsplitError as error:
         raise FluxsplitError(f"latent {stem} is not written: {error.message}", error.hint) from None
-    return durable.write_free(folder, stem, SUFFIXES[format], _encoded(payload, shape, recipe, format, encoded_by))
+    data = _encoded(payload, shape, recipe, format, encoded_by)
+    if encoded_by is not None:  # has no time in it, and is the same each time
+        return durable.write_once(folder, stem, SUFFIXES[format], b"".join(data))
+    return durable.write_free(folder, stem, SUFFIXES[format], data)
 
 
 def _encoded(

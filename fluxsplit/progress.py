@@ -130,9 +130,9 @@ class Progress:
 
     def _planned(self, event: Mapping[str, Any]) -> None:
         """What would be made of a file."""
-        told = {name: event[name] for name in ("item", "path", "width", "height", "device", "plan")}
-        size = f"{told['width']}x{told['height']}"
-        line = f"{told['item']} to {told['path']}: {size} on {told['device']}, {told['plan']}"
+        told = {name: event[name] for name in ("source", "path", "taken", "width", "height", "device", "plan")}
+        size, taken = f"{told['width']}x{told['height']}", " (the name is taken)" if told["taken"] else ""
+        line = f"{told['source']} to {told['path']}{taken}: {size} on {told['device']}, {told['plan']}"
         self._answer(json.dumps(told) if self._json_lines else line)
 
     def _answer(self, line: str) -> None:

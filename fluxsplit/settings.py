@@ -24,6 +24,13 @@ _OTHER_VARIABLES = {"FLUXSPLIT_CACHE", "FLUXSPLIT_PROGRESS"}
 """Ours, but no settings: read where they are used."""
 
 
+def _parsed(kind: Callable[[str], Any], text: str, wanted: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(wanted) from None
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("text")
@@ -32,7 +39,7 @@ def _text(value: Any) -> str:
 
 def _integer(value: Any) -> int:
     if isinstance(value, str):
-        value = int(value)
+        value = _parsed(int, value, "a whole number")
     if type(value) is not int:
         raise ValueError("a whole number")
     return value
@@ -40,7 +47,7 @@ def _integer(value: Any) -> int:
 
 def _number(value: Any) -> float:
     if isinstance(value, str):
-        value = float(value)
+        value = _parsed(float, value, "a number")
     if type(value) not in (int, float):
         raise ValueError("a number")
     return float(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def run(job: DecodeJob, events: Events) -> None:
         stamp = hashing.submit(_stamp, job.vae)
         session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
         parents = dict(zip(job.latents, job.parents, strict=False))
-        total, failed, beside = len(job.latents), 0, 0
+        total, failed, made = len(job.latents), 0, _Made(job)
         following = reading.submit(read_latents, job.latents[0]) if total else None
         for number, path in enumerate(job.latents):
             assert following is not None
@@ -45,7 +47,7 @@ def run(job: DecodeJob, events: Events) -> None:
             try:
                 for latent in current.result():
                     told = teller(events, number, total)
-                    beside += not _decode(session, latent, job, stamp, events, parents.get(path), told)
+                    _decode(session, latent, made, stamp, events, parents.get(path), told)
                 if job.delete_latents:
                     _delete(path, events)
             except FluxsplitError as error:
@@ -53,12 +55,39 @@ def run(job: DecodeJob, events: Events) -> None:
                     raise
                 failed += 1
                 events.send("failed", item=path, message=error.message, hint=error.hint)
-        if beside:
-            events.send(
-                "note",
-                text=f"{beside} written beside pictures that were there (numbered); --overwrite replaces them",
-            )
+        for note in made.notes():
+            events.send("note", text=note)
         events.send("decode", done=total, total=total, failed=failed)
+
+
+@dataclass(slots=True)
+class _Made:
+    """What a run has written, to replace no picture of its own: latents may share a name."""
+
+    job: DecodeJob
+    targets: set[Path] = field(default_factory=set)
+    beside: int = 0
+    same: int = 0
+
+    def write(self, target: Path, png: bytes) -> Path:
+        """Write a picture under `target`, or where that is taken beside it; returns its path."""
+        again = target in self.targets
+        self.targets.add(target)
+        if self.job.overwrite and not again:
+            return durable.replace(target, png)
+        if there := durable.already_there(target.parent, target.stem, target.suffix, png):
+            self.same += 1
+            return there
+        path = durable.write_free(target.parent, target.stem, target.suffix, png)
+        self.beside += path != target and not again
+        return path
+
+    def notes(self) -> Iterator[str]:
+        """What is to be said of names at the end."""
+        if self.same:
+            yield f"{self.same} {'was' if self.same == 1 else 'were'} there already, the same"
+        if self.beside:
+            yield f"{self.beside} written beside pictures that were there (numbered); --overwrite replaces them"
 
 
 def _foretell(job: DecodeJob, events: Events) -> None:
@@ -95,13 +124,13 @@ def _stamp(path: str) -> WeightsStamp:
 def _decode(
     session: VaeSession,
     latent: LatentFile,
-    job: DecodeJob,
+    made: _Made,
     stamp: Future[WeightsStamp],
     events: Events,
     parent: tuple[str, str] | None,
     advance: Advance,
-) -> bool:
-    """Whether the picture has the latent's name, and not one beside another that had it already."""
+) -> None:
+    job = made.job
     tensor = torch.frombuffer(bytearray(latent.payload), dtype=torch.float32).view(latent.shape)
     pixels, dtype = session.decode(tensor, advance, job.tile)  # [H, W, 3]
     height, width = pixels.shape[:2]
@@ -116,8 +145,6 @@ def _decode(
     )
     texts = metadata.png_text_chunks(record, latent.foreign)
     png = metadata.encode_png(pixels.numpy().tobytes(), width, height, texts)
-    target = _target(job, latent)
-    path = durable.replace(target, png) if job.overwrite else durable.write_once(job.out, target.stem, ".png", png)
+    path = made.write(_target(job, latent), png)
     recipe = latent.recipe.to_object() if latent.recipe else None
     events.send("result", path=str(path), source=latent.path, width=width, height=height, recipe=recipe)
-    return path == target

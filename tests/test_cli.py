@@ -388,6 +388,12 @@ def test_decode_finds_the_demo_vae_by_the_recipe(run: Run, home: Path, tmp_path:
     assert job["overwrite"] is job["delete_latents"] is True
 
 
+def test_what_json_prints_is_taken_as_names(run: Run) -> None:
+    lines = run("sample", "-p", "a", "--seed", "1..2", "--json").out
+    ran = run("decode", "-", stdin="\n".join(lines))
+    assert ran.code == 0 and ran.job("decode")["latents"] == [json.loads(line)["path"] for line in lines]
+
+
 def test_sample_decode_in_a_pipe(run: Run, home: Path) -> None:
     made = run("sample", "-p", "a", "--seed", "1..2").out
     ran = run("decode", "-", "-o", "p", stdin="\n".join(made) + "\n")

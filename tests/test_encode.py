@@ -87,6 +87,13 @@ def test_a_vae_whose_name_is_no_text(tmp_path: Path) -> None:
     assert latent.encoded_by is not None and latent.encoded_by.name == "v?.safetensors"
 
 
+@pytest.mark.parametrize("format", LATENT_FORMATS)
+def test_the_same_latent_is_not_written_twice(format: str, tmp_path: Path) -> None:
+    drawn(32, 16).save(tmp_path / "a.png")
+    paths = [encode(tmp_path, tmp_path / "a.png", format=format).of("result")[0]["path"] for _ in range(2)]
+    assert paths[0] == paths[1]
+
+
 def test_what_encoded_a_latent_may_not_be_anything(tmp_path: Path) -> None:
     payload = bytes(4 * 16 * 2 * 2)
     for stamp in (WeightsStamp("x" * 10_000), WeightsStamp("ae", "no hash")):

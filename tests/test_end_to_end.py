@@ -23,12 +23,15 @@ from fluxsplit.png_text import read_png
 PROMPT = "a large red circle above a small blue square on a white background"
 
 
-def fluxsplit(*words: str | Path, cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def fluxsplit(
+    *words: str | Path, cwd: Path, stdin: str | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command; stdout, stderr and exit code."""
     return subprocess.run(
         [sys.executable, "-m", "fluxsplit", *map(str, words)],
         cwd=cwd,
         input=stdin,
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=600,
@@ -76,6 +79,27 @@ def test_what_is_decoded_again_is_told(sampled: tuple[Path, list[Path], str], tm
     assert "1 written beside pictures that were there" in another.stderr and len(list(tmp_path.iterdir())) == 2
     assert "beside" not in fluxsplit(*words, "--vae-dtype", "bf16", "--overwrite", cwd=tmp_path).stderr
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_overwriting_never_costs_a_picture_of_the_same_run(
+    sampled: tuple[Path, list[Path], str], tmp_path: Path
+) -> None:
+    for folder, latent in zip("ab", sampled[1], strict=True):
+        (tmp_path / folder).mkdir()
+        shutil.copy(latent, tmp_path / folder / "x.pt")
+    words = ("decode", "a", "b", "--out", "o", "--delete-latents")
+    refused = fluxsplit(*words, "--overwrite", cwd=tmp_path)
+    assert refused.returncode == 2 and "would be written to one name" in refused.stderr
+    assert (tmp_path / "a" / "x.pt").exists() and (tmp_path / "b" / "x.pt").exists() and not (tmp_path / "o").exists()
+    done = fluxsplit(*words, cwd=tmp_path)
+    assert [Path(line).name for line in done.stdout.split()] == ["x.png", "x-2.png"] and "beside" not in done.stderr
+
+
+def test_without_a_cache_that_can_be_written_to_nothing_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = ("sample", "-p", "a blue circle", "--size", "64x64", "--seed", "1")
+    done = fluxsplit(*words, cwd=tmp_path, environment={"FLUXSPLIT_CACHE": str(tmp_path / "file" / "below")})
+    assert done.returncode == 0 and Path(done.stdout.strip()).is_file(), done.stderr
 
 
 def test_a_dry_run_of_decode_says_how_and_makes_nothing(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:
@@ -215,15 +239,16 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "fluxsplit", "sample", "-p", PROMPT, "-n", "500", "--size", "512x512"],
+        [sys.executable, "-m", "fluxsplit", "sample", "-p", PROMPT, "-n", "500", "--size", "256x256"],
         cwd=tmp_path,
+        env={**os.environ, "FLUXSPLIT_CACHE": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     with process:
         assert process.stdout is not None
-        assert process.stdout.readline().strip().endswith(".pt")
+        assert all(process.stdout.readline().strip().endswith(".pt") for _ in range(2))
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
     time.sleep(0.2)
@@ -231,6 +256,7 @@ def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
     assert not left.strip()
     for latent in (tmp_path / "latents").iterdir():
         assert read_latent(latent).recipe is not None, "whatever has a final name is whole"
+    assert len(list((tmp_path / "cache" / "conditioning").iterdir())) == 1, "kept with the first picture"
 
 
 def test_a_preview_is_repeated_to_the_bit_without_its_text_encoders(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from samples import make_recipe
 
 from fluxsplit.cli_export import run_export
 from fluxsplit.errors import FluxsplitError, UsageError
-from fluxsplit.export import export_picture
+from fluxsplit.export import TARGETS, export_picture
 from fluxsplit.found import read_found
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks, read_png_text, read_record
 from fluxsplit.recipe import WeightsStamp
@@ -56,6 +56,12 @@ def test_others_get_no_recipe(target: str, form: str, tmp_path: Path) -> None:
     assert b"Steps" not in data
     assert b"trainedAlgorithmicMedia" in data
     assert [copy.read_text() for copy in copies[1:]] == (["a fox, snow"] if target == "pixelfed" else [])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_photo_is_not_marked_as_made_by_a_model(target: str, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "photo.jpg")
+    assert b"trainedAlgorithmicMedia" not in export_picture(tmp_path / "photo.jpg", target, tmp_path)[0].read_bytes()
 
 
 def test_large_pictures_shrink_and_alpha_goes_on_white(tmp_path: Path) -> None:
