@@ -7,11 +7,13 @@ import math
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.jobs import absolute
 from fluxsplit.recipe import MAX_SEED, MAX_TEXT_CHARS, check_sigmas, check_size
 from fluxsplit.settings import similar
 
@@ -20,6 +22,7 @@ MAX_CFG = 1000
 MAX_INPUT_CHARS = 100_000_000
 _SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
 _SEED = re.compile(r"\s*(\d{1,30})\s*(?:\.\.\s*(\d{1,30})\s*)?", re.ASCII)
+_FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pt", ".safetensors", ".latent")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -197,6 +200,14 @@ def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path
     if not files:
         raise UsageError(f"there is no {what}", "name files or folders, or - to read names from stdin")
     return list(files)
+
+
+def out_folder(values: Mapping[str, Any], default: str = "") -> str:
+    """The absolute folder that `--out` names, empty for none; raises UsageError where it looks like a file's name."""
+    out = Path(values.get("out") or default)
+    if out.suffix.lower() in _FILE_SUFFIXES and not out.is_dir():
+        raise UsageError(f"--out {out} is the name of a file", "give a folder; files are named by themselves")
+    return absolute(out) if values.get("out") or default else ""
 
 
 def check_names_differ(files: Sequence[str | Path], folder: str) -> None:

@@ -100,7 +100,7 @@ def gallery(
 @app.command(cls=GroupedCommand, short_help="Say what files hold.")
 def info(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Latents, pictures, weight files; folders; - for stdin.")
+        list[str], typer.Argument(metavar="FILE...", help="Latents, pictures, weight files; folders; - for stdin.")
     ],
     form: Annotated[
         str | None,
@@ -117,7 +117,7 @@ def info(
 
 @app.command(cls=GroupedCommand, short_help="Make copies to show elsewhere.")
 def export(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Pictures or folders; - for stdin.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Pictures or folders; - for stdin.")],
     target: Annotated[
         str, typer.Option("--for", metavar="pixelfed|civitai|web", help="Where the copies are to be shown.")
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable
-from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files
+from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
 from fluxsplit.errors import FluxsplitError, UsageError
@@ -76,7 +76,7 @@ def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:
     job = DecodeJob(
         latents=(),
         vae="",
-        out=absolute(values.get("out", "images")),
+        out=out_folder(values, "images"),
         device=check_device(values.get("device", "auto")),
         dtype=check_choice("vae-dtype", values.get("vae_dtype", "auto"), DTYPES),
         vram=check_budget(values.get("vram", "auto")),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fluxsplit import durable
-from fluxsplit.arguments import check_choice, check_device, files_in, gather_files, parse_size
+from fluxsplit.arguments import check_choice, check_device, files_in, gather_files, out_folder, parse_size
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import EncodeJob, absolute
@@ -41,7 +41,7 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
     job = EncodeJob(
         images=tuple(absolute(path) for path in pictures),
         vae="",
-        out=absolute(values.get("out", "latents")),
+        out=out_folder(values, "latents"),
         device=check_device(values.get("device", "auto")),
         dtype=check_choice("vae-dtype", values.get("vae_dtype", "auto"), DTYPES),
         vram=check_budget(values.get("vram", "auto")),

@@ -19,7 +19,7 @@ Prompt = Annotated[
         "-p",
         metavar="TEXT",
         rich_help_panel=PICTURE,
-        help="What to show; repeatable; - reads one a line from stdin.",
+        help="What to show; repeatable; - reads one a line from stdin, but for lines that begin with #.",
     ),
 ]
 PromptFile = Annotated[
@@ -294,10 +294,10 @@ PeekSteps = Annotated[
     ),
 ]
 Latents = Annotated[
-    list[str], typer.Argument(metavar="LATENT", help="Latent files, folders of them, or - for names on stdin.")
+    list[str], typer.Argument(metavar="LATENT...", help="Latent files, folders of them, or - for names on stdin.")
 ]
 Pictures = Annotated[
-    list[str], typer.Argument(metavar="IMG", help="Pictures, folders of them, or - for names on stdin.")
+    list[str], typer.Argument(metavar="IMAGE...", help="Pictures, folders of them, or - for names on stdin.")
 ]
 EncodeSize = Annotated[
     str | None,

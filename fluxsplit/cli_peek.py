@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import places
-from fluxsplit.arguments import check_device, check_names_differ
+from fluxsplit.arguments import check_device, check_names_differ, out_folder
 from fluxsplit.cli_decode import gather_latents
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.executor import run_stage
@@ -27,7 +27,7 @@ def peek(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) ->
         latents=tuple(absolute(file) for file in files),
         weights=weights,
         device=check_device(values.get("device", "auto")),
-        out=absolute(values["out"]) if values.get("out") else "",
+        out=out_folder(values),
         overwrite=bool(values.get("overwrite", False)),
     )
     if job.overwrite:

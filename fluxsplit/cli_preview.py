@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fluxsplit.arguments import out_folder
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample, run_sample, undecoded_told
 from fluxsplit.executor import StageProcess
-from fluxsplit.jobs import absolute
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import LATENT_FORMATS
 from fluxsplit.sample_plan import Plan
@@ -40,7 +40,7 @@ def plan_preview(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
     values: dict[str, Any] = {"size": size, "count": COUNT, **defaults}
     if given.get("seed") and "count" not in defaults:
         values["count"] = 1  # seeds that are listed are the pictures that are wanted
-    out = Path(absolute((values | given).get("out", FOLDER)))
+    out = Path(out_folder(values | given, FOLDER))
     plan = plan_sample({**given, "out": str(out / LATENTS)}, values)
     first = next_number(out)
     images = (replace(image, stem=f"{first + number:04d}") for number, image in enumerate(plan.images))

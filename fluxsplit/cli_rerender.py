@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import conditioning_cache, places
-from fluxsplit.arguments import check_choice, check_device
+from fluxsplit.arguments import check_choice, check_device, out_folder
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_encode import encode_events
@@ -68,7 +68,7 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
     for order in orders:
         for line in order.lines:
             progress.note(f"{order.source.name}: {line}")
-    out = Path(absolute(values.get("out", FOLDER)))
+    out = Path(out_folder(values, FOLDER))
     if values.get("dry_run"):
         return _show(_plans(orders, values, out), bool(values.get("json")), progress)
     parents: dict[str, tuple[str, str]] = {}

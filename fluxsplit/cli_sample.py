@@ -23,6 +23,7 @@ from fluxsplit.arguments import (
     draw_seed,
     gather_prompts,
     lora_warning,
+    out_folder,
     parse_seeds,
     parse_shift,
     parse_sigmas,
@@ -33,6 +34,7 @@ from fluxsplit.conditioning_cache import encoders_of
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob, TextJob, absolute
+from fluxsplit.latents import SUFFIXES as LATENT_SUFFIXES
 from fluxsplit.memory import check_budget
 from fluxsplit.models import DEMO, Wanted, resolve
 from fluxsplit.progress import Progress
@@ -62,10 +64,17 @@ def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) 
 
 def _decoding(latents: Sequence[str], given: dict[str, Any], out: Path | None = None) -> str:
     """The command that decodes these latents, and no others that lie beside them."""
-    words = ["fluxsplit", "decode", *map(_shown, latents)]
+    words = ["fluxsplit", "decode", *map(_shown, _as_folder(latents))]
     for flag in ("model", "vae", "comfyui"):
         words += [f"--{flag}", str(given[flag])] if given.get(flag) else []
     return shlex.join([*words, *(["--out", _shown(str(out))] if out else [])])
+
+
+def _as_folder(latents: Sequence[str]) -> Sequence[str]:
+    """The folder that these latents are all of, if it is; else the latents."""
+    folder = Path(latents[0]).parent
+    there = {str(file) for file in folder.iterdir() if file.suffix.lower() in LATENT_SUFFIXES.values()}
+    return [str(folder)] if len(there) > 1 and there == set(latents) else latents
 
 
 def _shown(name: str) -> str:
@@ -108,7 +117,7 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
         prompts=texts,
         conditionings=kept,
         images=tuple(_guided(images, given, files.transformer)),
-        out=absolute(values.get("out", "latents")),
+        out=out_folder(values, "latents"),
         format=check_choice("format", values.get("format", "pt"), LATENT_FORMATS),
         dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
         device=check_device(values.get("device", "auto")),

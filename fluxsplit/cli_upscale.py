@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable, places
-from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files
+from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import UpscaleJob, absolute
@@ -58,7 +58,7 @@ def upscale_options(values: dict[str, Any], progress: Progress) -> UpscaleOption
         device=check_device(values.get("device", "auto")),
         width=width,
         height=height,
-        out=absolute(values["out"]) if values.get("out") else "",
+        out=out_folder(values),
         dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
         vram=check_budget(str(values.get("vram", "auto"))),
         tile=parse_tile(values.get("tile", "auto")),

@@ -393,7 +393,7 @@ def _explained(error: OSError, path: Path, needed_bytes: int) -> FluxsplitError:
         errno.EFBIG: f"the filesystem or a limit of this account allows no file of {_size(needed_bytes)}",
         errno.EACCES: "choose a folder that this account may write to",
         errno.EPERM: "choose a folder that this account may write to",
-        errno.EROFS: "the filesystem is mounted read-only; choose another folder",
+        errno.EROFS: "choose a folder on a filesystem that is not mounted read-only",
         errno.EIO: "the disk failed to store it, so nothing was kept; check the disk before you run again",
         errno.ENOTDIR: "a part of that path is a file, not a folder",
         errno.EEXIST: "a part of that path is a file, not a folder",

@@ -21,7 +21,7 @@ from fluxsplit.torch_file import ZIP_MAGIC
 
 HASH_DIGITS = 16
 """Of a weight file's hash, for people; `--json` has all of them."""
-_OTHER_PICTURES = ((b"RIFF", "a RIFF file, but no WebP"), (b"GIF8", "a GIF"), (b"%!PS", "PostScript"))
+_OTHER_PICTURES = ((b"RIFF", "a RIFF file, but no WebP"), (b"GIF8", "a GIF"), (b"%!PS", "PostScript"), (b"BM", "a BMP"))
 _LATENT_TENSORS = {COMFY_TENSOR, "latents", "samples"}
 _CONDITIONING_TENSORS = {"t5", "pooled"}
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, write
 
-from fluxsplit import cli, models
+from fluxsplit import cli, cli_sample, models
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
 from fluxsplit.settings import WORKFLOW
@@ -386,6 +386,25 @@ def test_decode_finds_the_demo_vae_by_the_recipe(run: Run, home: Path, tmp_path:
     job = ran.job("decode")
     assert job["vae"] == str(tmp_path / "demo" / "flux-demo.safetensors")
     assert job["overwrite"] is job["delete_latents"] is True
+
+
+@pytest.mark.parametrize(
+    "words", [("sample", "-p", "a"), ("decode", "latents"), ("upscale", "a.png"), ("preview", "-p", "a")]
+)
+def test_out_is_no_file(words: tuple[str, ...], run: Run, home: Path) -> None:
+    run("sample", "-p", "a", "--seed", "1")
+    (home / "a.png").write_bytes(b"x")
+    ran = run(*words, "--out", "new/x.PNG")
+    assert ran.code == 2 and "--out new/x.PNG is the name of a file" in ran.err and not (home / "new").exists()
+    (home / "folder.pt").mkdir()
+    assert run("decode", "latents", "--out", "folder.pt").code == 0
+
+
+def test_the_command_that_is_suggested_names_the_folder_where_that_is_all(run: Run, home: Path) -> None:
+    latents = run("sample", "-p", "a", "--seed", "1..3").out
+    assert cli_sample._decoding(latents, {}) == "fluxsplit decode latents"
+    assert cli_sample._decoding(latents[:2], {}) == "fluxsplit decode latents/latent-1.pt latents/latent-2.pt"
+    assert cli_sample._decoding(latents[:1], {"vae": "ae"}) == "fluxsplit decode latents/latent-1.pt --vae ae"
 
 
 def test_what_json_prints_is_taken_as_names(run: Run) -> None:

@@ -122,6 +122,7 @@ def test_conditioning(tmp_path: Path) -> None:
         (b"\xff\xd8\xff\xe0" + bytes(20), "JPEG"),
         (b"RIFF\0\0\0\0WEBP", "WebP without"),
         (b"%!PS-Adobe", "PostScript"),
+        (b"BM\xb2\x05" + bytes(30), "a BMP, of which nothing is read"),
         (b"GGUF" + bytes(30), "GGUF"),
         (b"\x80\x02}q\0." + bytes(30), "no latent file"),
         (b"PK\x03\x04" + bytes(30), "truncated"),

@@ -43,6 +43,14 @@ def test_failures_are_counted_and_said_even_when_quiet() -> None:
     assert (out, err) == ("", "fluxsplit: a\\x1b[2J.pt: holds NaN; sample it again\n")
 
 
+def test_a_name_is_said_once() -> None:
+    for message, told in (("a.pt is refused", "/x/a.pt is refused"), ("a.pt: broken", "/x/a.pt: broken")):
+        failed = {"event": "failed", "item": "/x/a.pt", "message": message, "hint": ""}
+        assert shown([failed])[2] == f"fluxsplit: {told}\n"
+        _, out, _ = shown([failed], json_lines=True)
+        assert json.loads(out) == {"failed": "/x/a.pt", "message": message, "hint": ""}
+
+
 def test_where_it_failed_is_told_who_asks() -> None:
     event = {"event": "failed", "item": "a.pt", "message": "broken", "traceback": "Traceback:\n  line 7"}
     assert shown([event])[2] == "fluxsplit: a.pt: broken\n"
