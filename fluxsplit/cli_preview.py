@@ -11,11 +11,12 @@ from typing import Any
 
 from fluxsplit.arguments import out_folder
 from fluxsplit.cli_decode import plan_decode, run_decode
-from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample, run_sample, undecoded_told
+from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample
 from fluxsplit.executor import StageProcess
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import LATENT_FORMATS
 from fluxsplit.sample_plan import Plan
+from fluxsplit.sample_run import run_sample, undecoded_told
 from fluxsplit.sheet import write_sheets
 
 FOLDER = "previews"

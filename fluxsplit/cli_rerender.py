@@ -13,7 +13,7 @@ from fluxsplit.arguments import check_choice, check_device, out_folder
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_encode import encode_events
-from fluxsplit.cli_sample import run_sample, undecoded_told, wanted_files
+from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import upscale_options
 from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
@@ -38,6 +38,7 @@ from fluxsplit.repetition import (
 )
 from fluxsplit.rerender_sources import ENCODED, LATENTS, find_latent, gather, latent_sha256, record_of
 from fluxsplit.sample_plan import Plan
+from fluxsplit.sample_run import run_sample, undecoded_told
 
 FOLDER = "renders"
 _DECODING = ("model", "vae", "comfyui", "device", "vram", "vae_dtype")

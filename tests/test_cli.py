@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, write
 
-from fluxsplit import cli, cli_sample, models
+from fluxsplit import cli, models, sample_run
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
 from fluxsplit.settings import WORKFLOW
@@ -402,9 +402,9 @@ def test_out_is_no_file(words: tuple[str, ...], run: Run, home: Path) -> None:
 
 def test_the_command_that_is_suggested_names_the_folder_where_that_is_all(run: Run, home: Path) -> None:
     latents = run("sample", "-p", "a", "--seed", "1..3").out
-    assert cli_sample._decoding(latents, {}) == "fluxsplit decode latents"
-    assert cli_sample._decoding(latents[:2], {}) == "fluxsplit decode latents/latent-1.pt latents/latent-2.pt"
-    assert cli_sample._decoding(latents[:1], {"vae": "ae"}) == "fluxsplit decode latents/latent-1.pt --vae ae"
+    assert sample_run.decoding(latents, {}) == "fluxsplit decode latents"
+    assert sample_run.decoding(latents[:2], {}) == "fluxsplit decode latents/latent-1.pt latents/latent-2.pt"
+    assert sample_run.decoding(latents[:1], {"vae": "ae"}) == "fluxsplit decode latents/latent-1.pt --vae ae"
 
 
 def test_what_json_prints_is_taken_as_names(run: Run) -> None:
