@@ -16,6 +16,7 @@ from fluxsplit.memory_plan import MemoryPlan, plan_memory
 from fluxsplit.model_sizes import Model, read_model
 from fluxsplit.progress import bytes_text
 from fluxsplit.sample_plan import Plan
+from fluxsplit.sample_run import cached
 from fluxsplit.work import tokens_of, work_of
 
 _TITLES = {"transformer": "transformer", "text_encoder": "T5", "clip": "CLIP", "vae": "VAE"}
@@ -55,7 +56,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "layout": contents.layout,
         "files": {kind: entry for kind in _TITLES if (entry := _file(plan, kind))},
         "tokenizers": [name for name in (plan.files.t5_tokenizer, plan.files.clip_tokenizer) if name and plan.prompts],
-        "prompts_to_encode": len(plan.prompts),
+        "prompts_to_encode": len(set(plan.prompts) - cached(plan).keys()),
         "images": images,
         "out": plan.out,
         "format": plan.format,

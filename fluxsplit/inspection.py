@@ -16,7 +16,7 @@ from fluxsplit.latents import COMFY_TENSOR, read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
 from fluxsplit.picture_text import PictureText, first_bytes, picture_kind, read_picture_text
 from fluxsplit.recipe import VAE_FACTOR, Recipe, WeightsStamp
-from fluxsplit.safetensor_header import read_header
+from fluxsplit.safetensor_header import NoSafetensors, read_header
 from fluxsplit.torch_file import ZIP_MAGIC
 
 HASH_DIGITS = 16
@@ -71,7 +71,11 @@ def inspect(path: str | Path) -> Report:
             raise FluxsplitError(f"{path.name} is {what}, of which nothing is read", "name a PNG, JPEG or WebP")
     if start.startswith((ZIP_MAGIC, b"\x80")) or start[257:262] == b"ustar":
         return _latent(path, size_bytes)
-    tensors = set(read_header(path).tensors)
+    try:
+        tensors = set(read_header(path).tensors)
+    except NoSafetensors:
+        what = f"it starts with {start[:12]!r}" if start else "it is empty"
+        raise FluxsplitError(f"{path.name} is no picture, latent or weight file: {what}") from None
     if tensors & _LATENT_TENSORS:
         return _latent(path, size_bytes)
     if tensors >= _CONDITIONING_TENSORS:

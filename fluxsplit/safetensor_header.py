@@ -54,6 +54,10 @@ _OTHER_KINDS = (
 )
 
 
+class NoSafetensors(FluxsplitError):
+    """A file that does not even begin as one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The largest header that is read."""
@@ -132,10 +136,10 @@ def _raw_header(file: BinaryIO, name: str, size_bytes: int, limits: Limits) -> b
         if start.lower().startswith(magic):
             raise FluxsplitError(f"{name} is {what}", hint)
     if len(start) < 10:
-        raise FluxsplitError(f"{name} is no safetensors file: it has {size_bytes} bytes", DOWNLOAD_AGAIN)
+        raise NoSafetensors(f"{name} is no safetensors file: it has {size_bytes} bytes", DOWNLOAD_AGAIN)
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{":
-        raise FluxsplitError(f"{name} is no safetensors file: it starts with {start[:12]!r}")
+        raise NoSafetensors(f"{name} is no safetensors file: it starts with {start[:12]!r}")
     if length > limits.header_bytes:
         raise FluxsplitError(f"{name} claims a header of {length} bytes, at most {limits.header_bytes} are read")
     if 8 + length > size_bytes:

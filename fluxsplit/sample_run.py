@@ -59,7 +59,7 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
     durable.check_folder(plan.out)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxsplit-", ignore_cleanup_errors=True)))
-        ready = _cached(plan)
+        ready = cached(plan)
         places = {
             text: kept or str(folder / f"{number}.safetensors")
             for number, (text, kept) in enumerate(zip(plan.prompts, plan.conditionings, strict=True))
@@ -83,7 +83,7 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
     return 1 if progress.failures else 0
 
 
-def _cached(plan: Plan) -> dict[str, str]:
+def cached(plan: Plan) -> dict[str, str]:
     """The conditionings that are in the cache, by prompt; those to be saved to a file are encoded."""
     encoders = (plan.encoders or encoders_of(plan.files)) if plan.cache and plan.prompts else None
     if encoders is None:

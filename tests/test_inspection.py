@@ -118,7 +118,7 @@ def test_conditioning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "no safetensors file"),
+        (b"", "no picture, latent or weight file: it is empty"),
         (b"\xff\xd8\xff\xe0" + bytes(20), "JPEG"),
         (b"RIFF\0\0\0\0WEBP", "WebP without"),
         (b"%!PS-Adobe", "PostScript"),
@@ -126,7 +126,7 @@ def test_conditioning(tmp_path: Path) -> None:
         (b"GGUF" + bytes(30), "GGUF"),
         (b"\x80\x02}q\0." + bytes(30), "no latent file"),
         (b"PK\x03\x04" + bytes(30), "truncated"),
-        (b"hello world, this is text", "no safetensors file"),
+        (b"hello world, this is text", "no picture, latent or weight file: it starts with b'hello"),
         (b"\x89PNG\r\n\x1a\n" + bytes(30), "damaged PNG"),
         (safetensors_bytes({"x": tensor_entry((1,))}, b"1234"), "not a FLUX.1 weight file"),
     ],
