@@ -204,10 +204,11 @@ def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path
 
 def out_folder(values: Mapping[str, Any], default: str = "") -> str:
     """The absolute folder that `--out` names, empty for none; raises UsageError where it looks like a file's name."""
-    out = Path(values.get("out") or default)
+    name = values.get("out") or default
+    out = Path(absolute(name))
     if out.suffix.lower() in _FILE_SUFFIXES and not out.is_dir():
-        raise UsageError(f"--out {out} is the name of a file", "give a folder; files are named by themselves")
-    return absolute(out) if values.get("out") or default else ""
+        raise UsageError(f"--out {name} is the name of a file", "give a folder; files are named by themselves")
+    return str(out) if name else ""
 
 
 def check_names_differ(files: Sequence[str | Path], folder: str) -> None:

@@ -144,13 +144,7 @@ class _Vaes:
             except FluxsplitError as error:
                 self._vae = error
         if isinstance(self._vae, FluxsplitError):
-            encoded_by = latent.encoded_by.name if latent.encoded_by else ""
-            if encoded_by:
-                raise type(self._vae)(f"{self._vae.message}; {encoded_by} encoded it", self._vae.hint)
-            if latent.recipe is None:  # what encoded it the latent does not say
-                hint = f"{self._vae.hint}; if the demo model's VAE encoded it, give --vae demo"
-                raise type(self._vae)(self._vae.message, hint)
-            raise self._vae
+            raise _missing(self._vae, latent)
         return self._vae
 
     def _is_demo(self, latent: LatentFile) -> bool:
@@ -163,6 +157,15 @@ class _Vaes:
             except FluxsplitError:
                 self._demo_sha256 = ""
         return stamp.sha256 == self._demo_sha256  # one file holds all of the demo model
+
+
+def _missing(error: FluxsplitError, latent: LatentFile) -> FluxsplitError:
+    """That there is no VAE, with what is known of the one that a latent needs."""
+    if latent.encoded_by is not None:
+        return type(error)(f"{error.message}; {latent.encoded_by.name} encoded it", error.hint)
+    if latent.recipe is None:  # what encoded it the latent does not say
+        return type(error)(error.message, f"{error.hint}; if the demo model's VAE encoded it, give --vae demo")
+    return error
 
 
 def _without_rivals(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

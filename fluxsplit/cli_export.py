@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fluxsplit.arguments import check_choice, files_in, gather_files
+from fluxsplit.arguments import check_choice, files_in, gather_files, out_folder
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.export import TARGETS, export_picture
-from fluxsplit.jobs import absolute
 from fluxsplit.picture_file import SUFFIXES
 
 
@@ -17,9 +16,10 @@ def run_export(files: list[str], target: str, out: str, ai_mark: bool) -> int:
     check_choice("for", target, TARGETS)
     failures = 0
     sources = gather_files(files, lambda folder: files_in(folder, SUFFIXES, "picture"), "picture to export")
+    folder = Path(out_folder({"out": out}))
     for source in sources:
         try:
-            for path in export_picture(source, target, Path(absolute(out)), ai_mark):
+            for path in export_picture(source, target, folder, ai_mark):
                 print(path)
         except FluxsplitError as error:
             if len(sources) == 1 or ends_all(error):

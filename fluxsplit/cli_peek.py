@@ -44,8 +44,7 @@ def _linear(job: PeekJob, progress: Progress) -> None:
     for path in job.latents:
         try:
             for latent in read_latents(path):
-                stem = Path(path).stem + (f"-{latent.index}" if latent.batch > 1 else "")
-                made = write_peek(latent, Path(job.out or Path(path).parent), stem, job.overwrite)
+                made = write_peek(latent, Path(job.out or Path(path).parent), latent.stem, job.overwrite)
                 recipe = latent.recipe.to_object() if latent.recipe else None
                 progress.show({"event": "result", "path": str(made), "source": path, "recipe": recipe})
         except FluxsplitError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fluxsplit import durable
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.fingerprint import cache_folder, remembered_sha256
+from fluxsplit.fingerprint import cache_folder, remembered_sha256, stamp_of
 from fluxsplit.jobs import ModelFiles
 from fluxsplit.recipe import WeightsStamp
 from fluxsplit.safetensor_header import read_header
@@ -47,7 +47,7 @@ def encoders_of(files: ModelFiles) -> Encoders | None:
         sha256 = remembered_sha256(path) if path else None
         if sha256 is None:
             return None
-        stamps.append(WeightsStamp(Path(path).name, sha256))
+        stamps.append(stamp_of(path, sha256))
     tokenizers = tokenizers_sha256(files.t5_tokenizer, files.clip_tokenizer)
     return Encoders(stamps[0], stamps[1], tokenizers) if tokenizers else None
 

@@ -6,7 +6,7 @@ known before anything is decoded: two planes of the first width at the picture's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -223,15 +223,18 @@ def plan_vae(
         plan = _plan(passes, dtype, budget_bytes, device, home, lowest_bytes)
         if plan.device_bytes <= budget_bytes and (home != "ram" or _fits_ram(plan, device)):
             return plan
-    ends = (passes[0].width, passes[0].height), (passes[-1].out_width, passes[-1].out_height)
-    width, height = max(ends)  # of the picture, be it the first plane or the last
-    need = f"give --vram {-(-plan.device_bytes // 1_000_000)}M or more"
-    size = f"{width}x{height}"
+    width, height = picture_size(passes)
+    need, size = f"give --vram {-(-plan.device_bytes // 1_000_000)}M or more", f"{width}x{height}"
     raise DoesNotFit(
         f"the VAE needs {plan.device_bytes / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
         f"and {budget_bytes / 1e6:.0f} MB may be used",
         need if device.kind == "cpu" else f"{need}, or use --device cpu",
     )
+
+
+def picture_size(passes: Sequence[Pass]) -> tuple[int, int]:
+    """Width and height of the picture, which is the first plane or the last."""
+    return max((passes[0].width, passes[0].height), (passes[-1].out_width, passes[-1].out_height))
 
 
 def _plan(

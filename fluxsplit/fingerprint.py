@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+from fluxsplit.recipe import WeightsStamp
+
 CHUNK_BYTES = 8 << 20
 _MAX_ENTRIES = 500
 
@@ -28,6 +30,16 @@ def weights_sha256(path: str | Path) -> str:
     files = sorted((file.relative_to(place) for file in place.rglob("*.safetensors")), key=lambda file: file.parts)
     lines = [f"{file_sha256(place / file)}  {file.as_posix()}\n" for file in files]  # the same on every system
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weights_stamp(path: str | Path) -> WeightsStamp:
+    """Name and hash of a weight file or folder."""
+    return stamp_of(path, weights_sha256(path))
+
+
+def stamp_of(path: str | Path, sha256: str) -> WeightsStamp:
+    """The stamp with a hash that is known; of a name that is no text, which a recipe cannot hold, what is."""
+    return WeightsStamp(Path(path).name.encode("utf-8", "replace").decode(), sha256)
 
 
 def remembered_sha256(path: str | Path) -> str | None:

@@ -75,6 +75,11 @@ class LatentFile:
     """Item of the batch that the file holds."""
     batch: int = 1
 
+    @property
+    def stem(self) -> str:
+        """The name of what is made of it, without suffix: the file's, and of a batch the number in it."""
+        return Path(self.path).stem + (f"-{self.index}" if self.batch > 1 else "")
+
 
 def read_latent(path: str | Path) -> LatentFile:
     """The one picture in the latent file at `path`; raises FluxsplitError, also where the file holds a batch."""
@@ -140,7 +145,7 @@ def _encoded(
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise FluxsplitError("the prompt holds a character that is no Unicode text", "retype the prompt") from None
-    stamp = "" if encoded_by is None else json.dumps(asdict(encoded_by)).encode("ascii", "replace").decode()
+    stamp = "" if encoded_by is None else json.dumps(asdict(encoded_by))
     if format == "pt":
         texts = {"format": FORMAT, "recipe": text, "sha256": sha256} | ({"vae": stamp} if stamp else {})
         return [torch_file_bytes("latents", shape, payload, texts)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,6 @@ _OTHER_VARIABLES = {"FLUXSPLIT_CACHE", "FLUXSPLIT_PROGRESS"}
 """Ours, but no settings: read where they are used."""
 
 
-def _parsed(kind: Callable[[str], Any], text: str, wanted: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(wanted) from None
-
-
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("text")
@@ -39,7 +33,8 @@ def _text(value: Any) -> str:
 
 def _integer(value: Any) -> int:
     if isinstance(value, str):
-        value = _parsed(int, value, "a whole number")
+        with suppress(ValueError):
+            value = int(value)
     if type(value) is not int:
         raise ValueError("a whole number")
     return value
@@ -47,7 +42,8 @@ def _integer(value: Any) -> int:
 
 def _number(value: Any) -> float:
     if isinstance(value, str):
-        value = _parsed(float, value, "a number")
+        with suppress(ValueError):
+            value = float(value)
     if type(value) not in (int, float):
         raise ValueError("a number")
     return float(value)

@@ -13,13 +13,12 @@ import torch
 from fluxsplit import durable, metadata
 from fluxsplit.beside import thread_beside
 from fluxsplit.device import device_name
-from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
-from fluxsplit.fingerprint import weights_sha256
-from fluxsplit.foretold import failure_told, tell_planned
+from fluxsplit.fingerprint import weights_stamp
 from fluxsplit.jobs import DecodeJob
 from fluxsplit.latents import LatentFile, read_latents
 from fluxsplit.recipe import WeightsStamp
+from fluxsplit.single_files import Failures, tell_planned
 from fluxsplit.vae import Advance
 from fluxsplit.vae_session import VaeSession, teller
 
@@ -33,10 +32,10 @@ def run(job: DecodeJob, events: Events) -> None:
         _foretell(job, events)
         return
     with thread_beside() as hashing, thread_beside() as reading:
-        stamp = hashing.submit(_stamp, job.vae)
+        stamp = hashing.submit(weights_stamp, job.vae)
         session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
         parents = dict(zip(job.latents, job.parents, strict=False))
-        total, failed, made = len(job.latents), 0, _Made(job)
+        total, failures, made = len(job.latents), Failures(events), _Made(job)
         following = reading.submit(read_latents, job.latents[0]) if total else None
         for number, path in enumerate(job.latents):
             assert following is not None
@@ -44,20 +43,15 @@ def run(job: DecodeJob, events: Events) -> None:
             if number + 1 < total:
                 following = reading.submit(read_latents, job.latents[number + 1])
             events.send("decode", done=number, total=total)
-            try:
+            with failures.told_of(path):
                 for latent in current.result():
                     told = teller(events, number, total)
                     _decode(session, latent, made, stamp, events, parents.get(path), told)
                 if job.delete_latents:
                     _delete(path, events)
-            except FluxsplitError as error:
-                if ends_all(error):
-                    raise
-                failed += 1
-                events.send("failed", item=path, message=error.message, hint=error.hint)
         for note in made.notes():
             events.send("note", text=note)
-        events.send("decode", done=total, total=total, failed=failed)
+        events.send("decode", done=total, total=total, failed=failures.count)
 
 
 @dataclass(slots=True)
@@ -92,9 +86,10 @@ class _Made:
 
 def _foretell(job: DecodeJob, events: Events) -> None:
     """Say how each latent would be decoded."""
+    failures = Failures(events)
     session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
     for path in job.latents:
-        with failure_told(path, events):
+        with failures.told_of(path):
             for latent in read_latents(path):
                 height, width = latent.shape[-2:]
                 plan = f"{session.dtype}, in tiles of {job.tile} pixels"
@@ -106,8 +101,7 @@ def _foretell(job: DecodeJob, events: Events) -> None:
 
 def _target(job: DecodeJob, latent: LatentFile) -> Path:
     """The picture of a latent, where no other has its name."""
-    stem = Path(latent.path).stem + (f"-{latent.index}" if latent.batch > 1 else "")
-    return Path(job.out) / f"{stem}.png"
+    return Path(job.out) / f"{latent.stem}.png"
 
 
 def _delete(path: str, events: Events) -> None:
@@ -115,10 +109,6 @@ def _delete(path: str, events: Events) -> None:
         Path(path).unlink()
     except OSError as error:
         events.send("note", text=f"{path} was decoded but cannot be deleted: {error.strerror}")
-
-
-def _stamp(path: str) -> WeightsStamp:
-    return WeightsStamp(Path(path).name, weights_sha256(path))
 
 
 def _decode(

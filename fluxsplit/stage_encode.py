@@ -10,14 +10,14 @@ from PIL import Image
 
 from fluxsplit import latents, picture_file
 from fluxsplit.beside import thread_beside
-from fluxsplit.errors import FluxsplitError, ends_all
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
-from fluxsplit.fingerprint import weights_sha256
-from fluxsplit.foretold import failure_told, tell_planned
+from fluxsplit.fingerprint import weights_stamp
 from fluxsplit.jobs import EncodeJob
 from fluxsplit.latents import SUFFIXES
 from fluxsplit.picture_file import Picture
 from fluxsplit.recipe import MAX_SIDE_PX, WeightsStamp
+from fluxsplit.single_files import Failures, tell_planned
 from fluxsplit.vae_session import VaeSession, teller
 
 
@@ -27,15 +27,15 @@ def run(job: EncodeJob, events: Events) -> None:
         _foretell(job, events)
         return
     with thread_beside() as hashing:
-        _encode(job, events, hashing.submit(_stamp, job.vae))
+        _encode(job, events, hashing.submit(weights_stamp, job.vae))
 
 
 def _encode(job: EncodeJob, events: Events, stamp: Future[WeightsStamp]) -> None:
     session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
-    total, failed = len(job.images), 0
+    total, failures = len(job.images), Failures(events)
     for number, path in enumerate(job.images):
         events.send("encode", done=number, total=total)
-        try:
+        with failures.told_of(path):
             pixels = prepared(picture_file.read_picture(path), job.width, job.height, session.vae.shape.factor)
             tensor = session.encode(pixels, teller(events, number, total, "encode"))
             payload, (_, channels, height, width) = tensor.numpy().tobytes(), tensor.shape
@@ -45,24 +45,15 @@ def _encode(job: EncodeJob, events: Events, stamp: Future[WeightsStamp]) -> None
             )
             size = {"width": pixels.shape[1], "height": pixels.shape[0]}
             events.send("result", path=str(written), source=path, **size, recipe=None)
-        except FluxsplitError as error:
-            if ends_all(error):
-                raise
-            failed += 1
-            events.send("failed", item=path, message=error.message, hint=error.hint)
-    events.send("encode", done=total, total=total, failed=failed)
-
-
-def _stamp(path: str) -> WeightsStamp:
-    name = Path(path).name.encode("utf-8", "replace").decode()  # a recipe holds text, which not all names are
-    return WeightsStamp(name, weights_sha256(path))
+    events.send("encode", done=total, total=total, failed=failures.count)
 
 
 def _foretell(job: EncodeJob, events: Events) -> None:
     """Say how each picture would be encoded."""
+    failures = Failures(events)
     session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
     for path in job.images:
-        with failure_told(path, events):
+        with failures.told_of(path):
             picture = picture_file.read_picture(path)
             height, width, _ = prepared(picture, job.width, job.height, session.vae.shape.factor).shape
             target = Path(job.out) / f"{Path(path).stem}{SUFFIXES[job.format]}"

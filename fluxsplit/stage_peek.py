@@ -16,13 +16,14 @@ from fluxsplit.device import pick_device
 from fluxsplit.diffusers_models import DecoderTiny
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
-from fluxsplit.fingerprint import weights_sha256
+from fluxsplit.fingerprint import weights_stamp
 from fluxsplit.jobs import PeekJob
 from fluxsplit.latent_space import LatentSpace
 from fluxsplit.latents import LatentFile, read_latents
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
 from fluxsplit.peek import SUFFIX
 from fluxsplit.recipe import LATENT_CHANNELS, WeightsStamp
+from fluxsplit.single_files import Failures
 from fluxsplit.state_dict import StateDict, read_state_dict
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -32,15 +33,14 @@ def run(job: PeekJob, events: Events) -> None:
     """Draw `job.latents`; one that fails is reported and the rest go on."""
     device = pick_device(job.device)
     decoder = taef1(read_state_dict(job.weights), Path(job.weights).name).to(device)
-    stamp = WeightsStamp(Path(job.weights).name, weights_sha256(job.weights))
+    stamp = weights_stamp(job.weights)
+    failures = Failures(events)
     for number, path in enumerate(job.latents):
-        try:
+        with failures.told_of(path):
             for latent in read_latents(path):
                 made = _draw(decoder, latent, job, stamp, device)
                 recipe = latent.recipe.to_object() if latent.recipe else None
                 events.send("result", path=str(made), source=path, recipe=recipe)
-        except FluxsplitError as error:
-            events.send("failed", item=path, message=error.message, hint=error.hint)
         events.send("decode", done=number + 1, total=len(job.latents))
 
 
@@ -83,7 +83,6 @@ def _draw(
     texts = png_text_chunks(record, latent.foreign)
     png = encode_png(levels.numpy().tobytes(), levels.shape[1], levels.shape[0], texts)
     folder = Path(job.out or Path(latent.path).parent)
-    stem = Path(latent.path).stem + (f"-{latent.index}" if latent.batch > 1 else "")
     if job.overwrite:
-        return durable.replace(folder / (stem + SUFFIX), png)
-    return durable.write_once(folder, stem, SUFFIX, png)
+        return durable.replace(folder / (latent.stem + SUFFIX), png)
+    return durable.write_once(folder, latent.stem, SUFFIX, png)

@@ -23,7 +23,7 @@ from fluxsplit.conditioning_cache import stamps_in
 from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_dtype
 from fluxsplit.errors import FluxsplitError, OutOfMemory, ends_all, is_out_of_memory
 from fluxsplit.events import Events
-from fluxsplit.fingerprint import weights_sha256
+from fluxsplit.fingerprint import weights_stamp
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 from fluxsplit.latent_space import LatentSpace, latent_space
 from fluxsplit.lockstep import Picture, sample_together
@@ -107,7 +107,7 @@ def _load(
     contents = checkpoint.describe(job.files.transformer)
     vae_config = checkpoint.describe(job.files.vae or job.files.transformer).config.get("vae", {})
     stamps = {
-        path: hashing.submit(_stamp, path)
+        path: hashing.submit(weights_stamp, path)
         for path in {job.files.transformer, job.files.text_encoder, job.files.clip} - {""}
     }
     return _Model(flux, files, placed, contents, latent_space(vae_config), stamps)
@@ -115,10 +115,6 @@ def _load(
 
 def _shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return 1, LATENT_CHANNELS, recipe.height // VAE_FACTOR, recipe.width // VAE_FACTOR
-
-
-def _stamp(path: str) -> WeightsStamp:
-    return WeightsStamp(Path(path).name, weights_sha256(path))
 
 
 def _batches(numbers: Sequence[int], most: int) -> Iterator[Sequence[int]]:

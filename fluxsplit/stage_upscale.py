@@ -14,14 +14,15 @@ from fluxsplit import durable, metadata, picture_file
 from fluxsplit.beside import thread_beside
 from fluxsplit.device import DTYPE_NAMES, device_info, has_fast_bf16, pick_device
 from fluxsplit.device import DTYPES as TORCH_DTYPES
-from fluxsplit.errors import FluxsplitError, ends_all
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
-from fluxsplit.fingerprint import weights_sha256
-from fluxsplit.foretold import failure_told, tell_planned
+from fluxsplit.fingerprint import weights_stamp
 from fluxsplit.jobs import UpscaleJob
 from fluxsplit.memory import budget_bytes
 from fluxsplit.metadata import UpscalerStamp
 from fluxsplit.picture_file import Picture
+from fluxsplit.recipe import WeightsStamp
+from fluxsplit.single_files import Failures, tell_planned
 from fluxsplit.tiles import largest_tile
 from fluxsplit.upscale import Tiling, Upscaler, enlarge, tile_count
 
@@ -33,7 +34,7 @@ MAX_OUTPUT_PIXELS = 1 << 30
 class _Run:
     job: UpscaleJob
     network: Upscaler
-    sha256: Future[str]
+    stamp: Future[WeightsStamp]
     events: Events
 
 
@@ -42,28 +43,25 @@ def run(job: UpscaleJob, events: Events) -> None:
     device = pick_device(job.device)
     with thread_beside() as hashing:
         network = _loaded(job, device)
-        sha256 = hashing.submit(weights_sha256, job.weights)
-        here = _Run(job, network, sha256, events)
-        if job.published_sha256 and sha256.result() != job.published_sha256:
+        stamp = hashing.submit(weights_stamp, job.weights)
+        here = _Run(job, network, stamp, events)
+        if job.published_sha256 and stamp.result().sha256 != job.published_sha256:
             events.send("note", text=f"{network.name} is not the file that Real-ESRGAN published under this name")
         if job.dry_run:
             _foretell(here)
             return
+        failures = Failures(events)
         for number, path in enumerate(job.images):
             network.compute_in(_dtype(job, network, device))  # a picture before may have needed fp32
-            try:
+            with failures.told_of(path):
                 _upscale(here, path, number)
-            except FluxsplitError as error:
-                if ends_all(error):
-                    raise
-                events.send("failed", item=path, message=error.message, hint=error.hint)
 
 
 def _foretell(here: _Run) -> None:
     """Say how each picture would be enlarged."""
-    job, network = here.job, here.network
+    job, network, failures = here.job, here.network, Failures(here.events)
     for path in job.images:
-        with failure_told(path, here.events):
+        with failures.told_of(path):
             picture = picture_file.read_picture(path)
             width, height = _target(job, network, picture)
             tiles = tile_count(network, picture.width, picture.height, _tiling(here, picture))
@@ -108,7 +106,8 @@ def _upscale(here: _Run, path: str, number: int) -> None:
         image = image.convert("L")
     if picture.alpha is not None:
         image.putalpha(picture_file.resized(picture.alpha, width, height))
-    stamp = UpscalerStamp(network.name, here.sha256.result(), network.scale, width, height)
+    of = here.stamp.result()
+    stamp = UpscalerStamp(of.name, of.sha256, network.scale, width, height)
     texts = metadata.upscaled_texts(picture.texts, stamp, factor)
     png = picture_file.encode(image, texts, picture.exif, picture.icc_profile)
     target = _place(job, path, factor)

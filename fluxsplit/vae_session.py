@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from fluxsplit import checkpoint
-from fluxsplit.decode_plan import VaePlan, plan_vae
+from fluxsplit.decode_plan import VaePlan, picture_size, plan_vae
 from fluxsplit.device import device_info, keep_within, pick_device, pick_vae_dtype_name
 from fluxsplit.errors import FluxsplitError, OutOfMemory
 from fluxsplit.events import Events
@@ -86,8 +86,7 @@ class VaeSession:
         if self.device.type != "cpu":
             keep_within(budget, self.device)
         if plan.home != "device":
-            width = max(passes[0].width, passes[-1].out_width)  # of the picture, be it the first plane or the last
-            height = max(passes[0].height, passes[-1].out_height)
+            width, height = picture_size(passes)
             self._events.send("note", text=f"VAE for {width}x{height} pixels: {plan.text()}")
         return plan
 

@@ -75,7 +75,8 @@ class Watched:
     pinned_bytes: int = 0
     """Of the file, in the page cache, after the last one."""
     plan: dict[str, Any] = field(default_factory=dict)
-    device_bytes: dict[str, int] = field(default_factory=dict)
+    of_card: dict[str, int] = field(default_factory=dict)
+    """As bench_stage.py reports it; empty without one."""
     latents_sha256: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -104,7 +105,7 @@ def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Watch
             seen.error = error.message
         seen.peak_anonymous_bytes = watch.stop()
     if report.exists():  # not where the stage was killed
-        seen.device_bytes = json.loads(report.read_text())
+        seen.of_card = json.loads(report.read_text())
     return seen
 
 
@@ -147,11 +148,7 @@ def environment(threads: int) -> dict[str, str]:
 def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str, Any]) -> dict[str, Any]:
     """The figures of one cap; of the steps all but the first are warm."""
     found: dict[str, Any] = {"cap_gb": cap_bytes / GB or None, "peak_anonymous_bytes": seen.peak_anonymous_bytes}
-    device = dict(seen.device_bytes)
-    if "retries" in device:
-        found["allocator_retries"] = device.pop("retries")
-    found |= {f"peak_device_{name}_bytes": count for name, count in device.items()}
-    found |= {"plan": seen.plan, "latents_sha256": seen.latents_sha256}
+    found |= seen.of_card | {"plan": seen.plan, "latents_sha256": seen.latents_sha256}
     if seen.error or len(seen.steps) < 3:
         return {**found, "error": seen.error or "the stage told of fewer than two steps"}
     pairs = list(zip(seen.steps, seen.steps[1:], strict=False))
@@ -185,7 +182,7 @@ def planned_s(args: argparse.Namespace, plan: dict[str, Any]) -> float:
 
 def measured_bytes(args: argparse.Namespace, seen: Watched) -> int:
     """The peak that a plan predicts: anonymous memory on a CPU, the allocator's on a card."""
-    return seen.peak_anonymous_bytes if is_cpu(args) else seen.device_bytes["reserved"]
+    return seen.peak_anonymous_bytes if is_cpu(args) else seen.of_card["peak_device_reserved_bytes"]
 
 
 def floor_s(args: argparse.Namespace, floor: dict[str, Any], plan: dict[str, Any]) -> float:

@@ -74,8 +74,11 @@ def peaks() -> dict[str, int]:
     """The allocator's peaks in bytes, and how often it had to give memory back first; nothing without a card."""
     if not torch.cuda.is_available():
         return {}
-    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return peaks | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}
+    return {
+        "peak_device_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_device_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "allocator_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+    }
 
 
 if __name__ == "__main__":

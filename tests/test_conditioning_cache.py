@@ -11,7 +11,7 @@ import torch
 
 from fluxsplit import conditioning_cache as cache
 from fluxsplit.conditioning import Conditioning, conditioning_bytes, read_conditioning
-from fluxsplit.fingerprint import file_sha256, remembered_sha256
+from fluxsplit.fingerprint import file_sha256, remembered_sha256, stamp_of
 from fluxsplit.jobs import ModelFiles
 from fluxsplit.recipe import WeightsStamp
 
@@ -123,3 +123,8 @@ def test_encoders_are_known_by_remembered_hashes_only(tmp_path: Path) -> None:
     (tmp_path / "t5").write_text("another t5")
     assert cache.encoders_of(files) is None, "a file that has changed is not remembered"
     assert cache.encoders_of(replace(files, text_encoder="")) is None
+
+
+def test_names_that_are_no_text_fit_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "t5\udcff.safetensors"
+    assert stamp_of(file, "ab" * 32) == WeightsStamp("t5?.safetensors", "ab" * 32)

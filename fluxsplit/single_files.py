@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,15 +14,23 @@ from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.events import Events
 
 
-@contextmanager
-def failure_told(path: str, events: Events) -> Iterator[None]:
-    """A failure inside is that of one file, unless it ends everything."""
-    try:
-        yield
-    except FluxsplitError as error:
-        if ends_all(error):
-            raise
-        events.send("failed", item=path, message=error.message, hint=error.hint)
+@dataclass(slots=True)
+class Failures:
+    """Tells failures of single files, and counts them."""
+
+    events: Events
+    count: int = 0
+
+    @contextmanager
+    def told_of(self, path: str) -> Iterator[None]:
+        """A failure inside is that of one file, unless it ends everything."""
+        try:
+            yield
+        except FluxsplitError as error:
+            if ends_all(error):
+                raise
+            self.count += 1
+            self.events.send("failed", item=path, message=error.message, hint=error.hint)
 
 
 def tell_planned(
