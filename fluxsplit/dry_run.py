@@ -155,7 +155,7 @@ def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:
     if memory.pinned_bytes:
         rows.append(("pinned RAM", memory.pinned_bytes, "that blocks pass through; not of the budget"))
     if memory.pinnable_bytes:
-        rows.append(("pinned file", memory.pinnable_bytes, "of its pages in RAM at most, if a step waits for copies"))
+        rows.append(("pinned file", memory.pinnable_bytes, "of its pages in RAM, if a step waits for copies"))
     chunk = "" if memory.query_chunk is None else f", attention in chunks of {memory.query_chunk} queries"
     rows += [
         ("base", memory.base_bytes, "libraries, small weights"),

@@ -29,8 +29,10 @@ PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
 """Pinned RAM of each thread that reads, for a card's blocks and before the steps; powers of two, as torch makes it."""
 MAX_READERS, OTHERS = 6, 2
 """Threads that read for a card, at most, and cores that are left to who computes and to the system."""
-FEW_READERS = 4
-"""That each have two pieces."""
+PINNABLE_SHARE = 0.5
+"""Of what streams: those who read then have the time of two blocks for each of theirs, and no model is pinned whole."""
+PIECES = 2
+"""Of each reader: the card fetches one while the other is filled, with several readers a block ahead of its turn."""
 FRAGMENTED = 0.06
 """What torch's allocator reserves besides what it is asked for, as a share of it, where its segments cannot grow: 13.26
 GB for a plan of 12.64, measured on an H200."""
@@ -66,8 +68,9 @@ class MemoryPlan:
     slot_bytes: int
     pinned_bytes: int
     """RAM that the copies go through."""
+    pinnable: tuple[int, ...]
+    """Of those that stream the ones that may be pinned in the page cache, if copies are what a step waits for."""
     pinnable_bytes: int
-    """Of what streams, how much may be pinned in the page cache, if copies are what a step waits for."""
     base_bytes: int
     """Libraries, small weights."""
     scratch_bytes: int
@@ -124,14 +127,6 @@ def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int,
 def readers_of(device: DeviceInfo) -> int:
     """How many threads read for a card: they copy in RAM, which takes a core."""
     return max(1, min(MAX_READERS, device.processor_cores - OTHERS))
-
-
-def pieces_of(readers: int) -> int:
-    """How many pieces of pinned RAM each of so many readers has.
-
-    A few fill one while the card fetches the other; of many there is always one that reads while others wait.
-    """
-    return 2 if readers <= FEW_READERS else 1
 
 
 def smaller_budget(plan: MemoryPlan) -> int | None:
@@ -206,12 +201,13 @@ def _plan(
     peak = held.bytes if on_cpu else held.bytes + resident_bytes + slots * slot_bytes
     lost = 0 if on_cpu or device.growing_segments else int(peak * FRAGMENTED)
     readers = 0 if on_cpu else readers_of(device)
-    pinned = readers * pieces_of(readers) * (PIECE_BYTES + ONCE_PIECE_BYTES)
+    pinned = readers * PIECES * (PIECE_BYTES + ONCE_PIECE_BYTES)
     of_ram = pinned + (peak + lost if device.unified else 0)
     fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, of_ram)
     streamed_bytes, fleeting_bytes = (sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting))
-    pinnable = _pinnable(device, streamed_bytes - fleeting_bytes) if slots > 1 else 0
-    moved = (streamed_bytes, streamed_bytes - pinnable, fleeting_bytes)
+    pinnable = _pinnable(model, device, sorted(set(streamed) - set(fleeting))) if slots > 1 else ()
+    pinnable_bytes = sum(model.blocks[n].bytes for n in pinnable)
+    moved = (streamed_bytes, streamed_bytes - pinnable_bytes, fleeting_bytes)
     step_s, limit = _step(model, tokens, work.forwards, device, moved, together)
     return MemoryPlan(
         device=device.kind,
@@ -227,7 +223,8 @@ def _plan(
         slots=slots,
         slot_bytes=slot_bytes,
         pinned_bytes=pinned,
-        pinnable_bytes=pinnable,
+        pinnable=pinnable,
+        pinnable_bytes=pinnable_bytes,
         base_bytes=held.base_bytes + lost,
         scratch_bytes=held.scratch_bytes,
         activation_bytes=held.activation_bytes,
@@ -241,10 +238,19 @@ def _plan(
     )
 
 
-def _pinnable(device: DeviceInfo, streamed_bytes: int) -> int:
+def _pinnable(model: Model, device: DeviceInfo, cached: Sequence[int]) -> tuple[int, ...]:
+    """Which blocks may be pinned, in turn with those that are read, so that these have the time of both."""
     if device.kind != "cuda" or device.unified:  # where RAM is the card's memory it is planned for already
-        return 0
-    return min(streamed_bytes, int((device.ram_bytes or 0) * PINNED_SHARE))
+        return ()
+    all_bytes = sum(model.blocks[n].bytes for n in cached)
+    room = min(all_bytes * PINNABLE_SHARE, (device.ram_bytes or 0) * PINNED_SHARE)
+    chosen, due_bytes = [], 0.0
+    for number in cached:
+        due_bytes += model.blocks[number].bytes * room / all_bytes
+        if due_bytes >= model.blocks[number].bytes:
+            due_bytes -= model.blocks[number].bytes
+            chosen.append(number)
+    return tuple(chosen)
 
 
 def _with_smallest(plan: MemoryPlan, smallest_bytes: int) -> MemoryPlan:

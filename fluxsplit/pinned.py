@@ -47,9 +47,8 @@ def forget_error() -> None:
 class FilePins:
     """Spans of weight files that lie in the page cache and are pinned there, for copies that no processor makes."""
 
-    def __init__(self, files: WeightFiles, most_bytes: int) -> None:
-        """Pin at most so many bytes."""
-        self._files, self._left = files, most_bytes
+    def __init__(self, files: WeightFiles) -> None:
+        self._files, self._refused = files, False
         self._parts: dict[Span, tuple[torch.Tensor, ...]] = {}
         self._pinned: list[torch.Tensor] = []
 
@@ -63,14 +62,14 @@ class FilePins:
         return self._parts.get(span)
 
     def add(self, spans: Sequence[Span]) -> bool:
-        """Pin these, or none of them: False where they are too many, or the driver refuses."""
+        """Pin these, or none of them: False where the driver refuses, which is then not asked again."""
+        if self._refused:
+            return False
         if all(span in self._parts for span in spans):
             return True
-        if sum(span.bytes for span in spans) > self._left:
-            return False
         for number, span in enumerate(spans):
             if not self._add(span):
-                self._left = 0
+                self._refused = True
                 for done in spans[:number]:
                     del self._parts[done]
                 return False
@@ -97,7 +96,6 @@ class FilePins:
         for end, start in ((head, span.start), (tail, last)):
             file.read_into(as_buffer(end), start)
         self._parts[span] = tuple(part for part in (head, whole, tail) if part is not None and len(part))
-        self._left -= span.bytes
         if whole is not None:
             self._pinned.append(whole)
         return True

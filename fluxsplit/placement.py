@@ -95,7 +95,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         ahead=plan.slots > 1,
         readers=plan.readers,
         fleeting=frozenset(plan.fleeting),
-        pin_bytes=plan.pinnable_bytes,
+        pinnable=frozenset(plan.pinnable),
         on_read=told.read,
     )
     before: dict[str, Any] = {"once": True, "piece_bytes": ONCE_PIECE_BYTES, "readers": plan.readers}

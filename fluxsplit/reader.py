@@ -1,17 +1,17 @@
 """Threads that bring bytes of weight files into memory of the device, in pieces.
 
-To a card they go through pinned pieces of RAM, one for each thread or, where threads are few, two: a piece is filled
-with what the page cache or the disk holds of the file, its copies to the card begin, and as soon as they have ended it
-is filled again. Neither a second file nor the model in RAM is made on the way. A thread copies 5 or 6 GB/s out of the
-page cache, so that there are several; but not many, and with large pieces, since whoever computes needs the
-interpreter's lock thousands of times a step and waits for it behind everybody who reads: beside twelve of them with
-small pieces it launched a third of the kernels. Nor torch's own threads: they spin while they wait, and all of them
-wait for the one that whoever computes has pushed off its core, at worst for 4 GB/s (docs/decisions.md, 2026-11-26).
+To a card they go through pinned pieces of RAM, two for each thread: a piece is filled with what the page cache or the
+disk holds of the file, its copies to the card begin, and as soon as they have ended it is filled again. Neither a
+second file nor the model in RAM is made on the way. A thread copies 5 or 6 GB/s out of the page cache, so that there
+are several; but not many, and with large pieces, since whoever computes needs the interpreter's lock thousands of times
+a step and waits for it behind everybody who reads: beside twelve of them with small pieces it launched a third of the
+kernels. Nor torch's own threads: they spin while they wait, and all of them wait for the one that whoever computes has
+pushed off its core, at worst for 4 GB/s (docs/decisions.md, 2026-11-26).
 
 Where the threads work for more than a quarter of their time they take the processor from whoever computes, or are too
 slow already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches those by
 itself, and they cost neither a copy nor memory of ours, but for the run their pages cannot be dropped from RAM. So
-there is a limit to them.
+only some of them may be, which the plan has spread among the others: while those cross the bus the threads go on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.memory_plan import pieces_of
+from fluxsplit.memory_plan import PIECES
 from fluxsplit.pinned import FilePins, as_buffer, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
@@ -70,10 +70,10 @@ class Filling:
 
     runs: Sequence[Run]
     stream: torch.cuda.Stream | None
-    fresh: bool
-    """Whether the bytes may not be in RAM yet."""
     fleeting: bool = False
-    """Whether they are not to stay there."""
+    """Whether the bytes are not to stay in RAM."""
+    pinnable: bool = False
+    """Whether they are there, and may be pinned."""
     left: int = 0
     """Parts of it that are not read yet."""
     done: threading.Event = field(default_factory=threading.Event)
@@ -92,21 +92,16 @@ _Part = tuple[Filling, list[Run]]
 class Reader:
     """Brings runs in, in order; `in_pieces` to where the file's bytes cannot be read to directly."""
 
-    def __init__(
-        self, files: WeightFiles, *, in_pieces: bool, piece_bytes: int, threads: int, pin_bytes: int = 0
-    ) -> None:
-        """Without threads whoever begins a filling does the reading.
-
-        At most `pin_bytes` of the files are pinned in the page cache.
-        """
+    def __init__(self, files: WeightFiles, *, in_pieces: bool, piece_bytes: int, threads: int) -> None:
+        """Without threads whoever begins a filling does the reading."""
         self._files, self._piece_bytes = files, piece_bytes
-        self._pins, self._pace = FilePins(files, pin_bytes if threads else 0), _Pace()
+        self._pins, self._pace = FilePins(files), _Pace()
         self._lock, self._pinning = threading.Lock(), threading.Lock()
         self._waiting: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
         self._card = torch.cuda.current_device() if in_pieces and torch.cuda.is_available() else None
-        each = pieces_of(threads) if in_pieces and threads else int(in_pieces)
+        each = PIECES if in_pieces and threads else int(in_pieces)
         pieces = [[_Piece(pinned_ram(piece_bytes)) for _ in range(each)] for _ in range(max(1, threads))]
         self._piece = next(iter(pieces[0]), None)
         self.threads = [
@@ -181,7 +176,7 @@ class Reader:
         if not self._pinning.acquire(blocking=False):
             return
         try:
-            if self._pace.is_busy(len(self.threads)) and not filling.fresh:
+            if self._pace.is_busy(len(self.threads)) and filling.pinnable:
                 self._pins.add([run.span for run in filling.runs])
                 self._pace.is_busy(1)  # what that took is not to count
         finally:

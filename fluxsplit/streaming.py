@@ -109,7 +109,7 @@ class Streaming:
         fleeting: frozenset[int] = frozenset(),
         as_card: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
-        pin_bytes: int = 0,
+        pinnable: frozenset[int] = frozenset(),
         on_read: OnRead = lambda count: None,
     ) -> None:
         """Allocate everything and load what stays, read by `readers` threads for a card and with `ahead` by one else.
@@ -118,7 +118,7 @@ class Streaming:
 
         `fleeting` are blocks for which there is no room in RAM: their pages are given back once they are read, so that
         those of the others stay.
-        Of the file at most `pin_bytes` are pinned in RAM, where reading it is what everything waits for.
+        `pinnable` are those that are pinned in the page cache, where reading is what everything waits for.
         `as_card` is for tests of a CPU: through pinned pieces and streams, as a card needs it.
         """
         self._files, self._device, self._on_read = files, device, on_read
@@ -126,12 +126,10 @@ class Streaming:
         self._streamed = frozenset(range(len(blocks))) - resident
         order = sorted(self._streamed)
         self._order = iter(order) if once else itertools.cycle(order)
-        self._fresh, self._fleeting = set(self._streamed), fleeting
+        self._fresh, self._fleeting, self._pinnable = set(self._streamed), fleeting, pinnable
         self._as_card = device.type == "cuda" if as_card is None else as_card
         threads = readers if self._as_card else int(ahead)
-        self._reader = Reader(
-            files, in_pieces=self._as_card, piece_bytes=piece_bytes, threads=threads, pin_bytes=pin_bytes
-        )
+        self._reader = Reader(files, in_pieces=self._as_card, piece_bytes=piece_bytes, threads=threads)
         self._load([self._layouts[number] for number in sorted(resident)])
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
         self._free = deque(_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0))
@@ -191,20 +189,26 @@ class Streaming:
             used.record(torch.cuda.current_stream(self._device))
             slot.stream.wait_event(used)
         slot.number = number
-        states = number in self._fresh, number in self._fleeting
-        slot.filling = self._begin(self._layouts[number], slot.memory, slot.stream, *states)
+        fresh, fleeting = number in self._fresh, number in self._fleeting
+        pinnable = number in self._pinnable and not fresh
+        slot.filling = self._begin(self._layouts[number], slot.memory, slot.stream, fleeting, pinnable)
         if number not in self._fleeting:
             self._fresh.discard(number)
         self._coming.append(slot)
 
     def _begin(
-        self, layout: Layout, memory: torch.Tensor, stream: torch.cuda.Stream | None, fresh: bool, fleeting: bool
+        self,
+        layout: Layout,
+        memory: torch.Tensor,
+        stream: torch.cuda.Stream | None,
+        fleeting: bool = False,
+        pinnable: bool = False,
     ) -> Filling:
         runs = [
             Run(place.span.path, place.span.start, memory[place.offset : place.offset + place.span.bytes])
             for place in layout.places
         ]
-        filling = Filling(runs, stream, fresh, fleeting)
+        filling = Filling(runs, stream, fleeting, pinnable)
         self._reader.begin(filling)
         return filling
 
@@ -223,7 +227,7 @@ class Streaming:
             memory = _aligned(one.bytes, self._device)
             if stream is not None:  # what the allocator hands out may still be in use
                 stream.wait_stream(torch.cuda.current_stream(self._device))
-            begun.append((one, memory, self._begin(one, memory, stream, fresh=True, fleeting=False)))
+            begun.append((one, memory, self._begin(one, memory, stream)))
         for one, memory, filling in begun:
             self._wait(filling, one)
             attach(one, memory)

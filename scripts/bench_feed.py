@@ -91,7 +91,7 @@ class Feed:
 
     def pinned(self, count: int) -> tuple[FilePins, Way | None]:
         """The file's own pages, which the card fetches by itself; None where the driver refuses. To be closed."""
-        pins, spans = FilePins(self.files, count), _spans(self.path, count)
+        pins, spans = FilePins(self.files), _spans(self.path, count)
         if not pins.add(spans):
             return pins, None
 

@@ -92,12 +92,31 @@ def test_what_a_chip_takes_of_the_ram_is_no_room_for_the_page_cache() -> None:
     assert len(plan(5.5, device=chip).fleeting) >= len(plan(5.5, device=chip).streamed) - 2
 
 
-def test_few_readers_have_two_pieces_each() -> None:
+@pytest.mark.parametrize("budget_gb", [2, 4, 6, 8])
+def test_at_most_every_second_block_that_streams_is_pinned(budget_gb: int) -> None:
+    """Whatever RAM there is: those who read have the time of two blocks for each, and the model is never all pinned."""
+    got = plan(budget_gb, device=replace(CARD, ram_bytes=1000 * GB))
+    turns = "".join("p" if number in got.pinnable else "r" for number in got.streamed)
+    assert set(got.pinnable) <= set(got.streamed) and "pp" not in turns
+    assert got.pinnable_bytes == sum(SCHNELL.blocks[number].bytes for number in got.pinnable)
+    assert 0.5 * got.streamed_bytes - DOUBLE <= got.pinnable_bytes <= 0.5 * got.streamed_bytes
+
+
+def test_what_may_be_pinned_is_a_quarter_of_the_free_ram_and_none_where_it_stalls() -> None:
+    short = plan(2, device=replace(CARD, ram_bytes=14 * GB))
+    assert not short.fleeting and 3.5 * GB - DOUBLE <= short.pinnable_bytes <= 3.5 * GB
+    gaps = [b - a for a, b in zip(short.pinnable, short.pinnable[1:], strict=False)]
+    assert gaps.count(1) <= 1 and max(gaps) <= 4, "spread; once, where blocks become smaller, two are neighbours"
+    assert plan(2, device=RDNA2).pinnable == plan(2, device=replace(CARD, unified=True)).pinnable == ()
+    assert plan(24).pinnable == ()
+
+
+def test_every_reader_has_two_pieces() -> None:
     def pinned(cores: int) -> tuple[int, int]:
         got = plan(6, device=replace(CARD, processor_cores=cores))
         return got.readers, got.pinned_bytes // (PIECE_BYTES + ONCE_PIECE_BYTES)
 
-    assert [pinned(cores) for cores in (2, 4, 6, 7, 16)] == [(1, 2), (2, 4), (4, 8), (5, 5), (6, 6)]
+    assert [pinned(cores) for cores in (2, 4, 6, 7, 16)] == [(1, 2), (2, 4), (4, 8), (5, 10), (6, 12)]
 
 
 def test_modulations_of_every_step_and_text_are_ram() -> None:

@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
         flux, files = load(path)
         how: dict[str, Any] = {"as_card": True, "piece_bytes": 1 << (11 + seed % 4), "slots": slots, "ahead": ahead}
         how["readers"] = 1 + seed % 4
-        how["pin_bytes"] = (1 << 30, 2 * block_bytes(flux) // BLOCKS, 0)[seed % 3]
+        how["pinnable"] = (frozenset(range(BLOCKS)), frozenset(range(0, BLOCKS, 2)), frozenset[int]())[seed % 3]
         loader = Streaming(flux.blocks, files, CPU, resident=frozenset({seed % BLOCKS}), **how)
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number in [*range(BLOCKS)] * 3:
@@ -155,8 +155,8 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
                     seen[-1][0].copy_(place.linear.stored.view(torch.uint8), non_blocking=True)
         for slot in loader._coming if seed % 2 else ():  # with copies under way
             assert slot.filling is not None and slot.filling.done.wait(30)
-        assert bool(pins) == bool(how["pin_bytes"] and loader._reader.pinned_bytes)
-        assert sum(pins) <= how["pin_bytes"]
+        assert bool(pins) == bool(how["pinnable"] and loader._reader.pinned_bytes)
+        assert sum(pins) <= sum(loader._layouts[number].bytes for number in how["pinnable"])
         loader.close()
         assert not pins, "what was pinned is pinned no more"
         over = [slot.memory for slot in (*loader._coming, *loader._free)]
@@ -175,7 +175,7 @@ def test_spans_of_a_file_are_pinned_as_they_lie(tmp_path: Path, pins: list[int])
     place.write_bytes(data)
     ends = ((3, 5 * page - 480), (5 * page - 480, 5 * page - 380), (5 * page, 7 * page), (7 * page + 1, 10 * page - 9))
     some = [Span(str(place), *both) for both in ends]
-    held = pinned.FilePins(WeightFiles(), sum(span.bytes for span in some))
+    held = pinned.FilePins(WeightFiles())
     assert held.parts(some[0]) is None
     assert held.add(some)
     for span in some:
@@ -183,7 +183,6 @@ def test_spans_of_a_file_are_pinned_as_they_lie(tmp_path: Path, pins: list[int])
         assert parts is not None
         assert b"".join(part.numpy().tobytes() for part in parts) == data[span.start : span.stop]
     assert sum(pins) == held.bytes == (3 + 0 + 2 + 1) * page
-    assert not held.add([Span(str(place), 0, 1)]), "no more than that"
     held.close()
     assert not pins and held.parts(some[0]) is None
 
@@ -202,7 +201,7 @@ def test_where_the_driver_refuses_a_pin_nothing_is_lost(
     monkeypatch.setattr(pinned, "unpin", lambda memory: unpinned.append(memory.numel()))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     flux, files = load(path)
-    flux.loader = loader = Streaming(flux.blocks, files, CPU, as_card=True, pin_bytes=1 << 30)
+    flux.loader = loader = Streaming(flux.blocks, files, CPU, as_card=True, pinnable=frozenset(range(BLOCKS)))
     for _ in range(4):
         got = flux.velocities(forwards(text))
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
@@ -213,7 +212,7 @@ def test_where_the_driver_refuses_a_pin_nothing_is_lost(
 def test_a_file_that_is_cut_short_is_not_pinned(path: Path, pins: list[int]) -> None:
     """A look at a page beyond its end would end the process."""
     size = path.stat().st_size
-    held = pinned.FilePins(WeightFiles(), 1 << 30)
+    held = pinned.FilePins(WeightFiles())
     held._files.open(str(path))
     truncate(path)
     with pytest.raises(FluxsplitError, match="changed during the run"):
@@ -222,7 +221,7 @@ def test_a_file_that_is_cut_short_is_not_pinned(path: Path, pins: list[int]) -> 
 
 
 def test_what_is_pinned_once_is_not_pinned_twice(path: Path, pins: list[int]) -> None:
-    held, span = pinned.FilePins(WeightFiles(), 1 << 30), Span(str(path), 5, 20000)
+    held, span = pinned.FilePins(WeightFiles()), Span(str(path), 5, 20000)
     assert held.add([span]) and held.add([span])
     assert len(pins) == 1
 
@@ -538,13 +537,13 @@ def test_a_read_past_the_end_is_an_error(path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("resident", [frozenset(), frozenset({0, 2}), frozenset(range(BLOCKS))])
-@pytest.mark.parametrize(("ahead", "pin_bytes"), [(True, 0), (True, 1 << 30), (False, 0)])
+@pytest.mark.parametrize(("ahead", "pinnable"), [(True, ()), (True, range(BLOCKS)), (True, (1,)), (False, ())])
 def test_on_a_card_streamed_is_resident_to_the_bit(
     path: Path,
     text: Conditioning,
     resident: frozenset[int],
     ahead: bool,
-    pin_bytes: int,
+    pinnable: Sequence[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With pieces so small that every matrix takes several, over several passes; the last from pinned pages."""
@@ -562,13 +561,13 @@ def test_on_a_card_streamed_is_resident_to_the_bit(
         flux.loader = loader
         for _ in range(12):
             found = flux.velocities(forwards(text, 3))
-        streams = bool(pin_bytes) and len(resident) < BLOCKS and "pin_bytes" in options
+        streams = bool(options.get("pinnable", frozenset()) - resident)
         assert bool(loader._reader.pinned_bytes) == (streams and pinned.can_pin(card))
         loader.close()
         return [velocity.cpu() for velocity in found]
 
     wanted = velocities(resident=frozenset(range(BLOCKS)))
-    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000, pin_bytes=pin_bytes)
+    got = velocities(resident=resident, ahead=ahead, slots=2, piece_bytes=1000, pinnable=frozenset(pinnable))
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
