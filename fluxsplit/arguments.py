@@ -190,7 +190,8 @@ def _stdin_bytes() -> bytes:
 def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path]], what: str) -> list[Path]:
     """Files in the order given, each once: files, what `in_folder` finds in folders, and the lines of stdin for `-`.
 
-    Raises UsageError where there is none; `what` says what they are for, as `latent file to decode`.
+    Raises UsageError where there is none, or none of them exists; `what` says what they are for, as `latent file to
+    decode`.
     """
     files: dict[Path, None] = {}
     for name in names:
@@ -199,6 +200,9 @@ def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path
             files.update(dict.fromkeys(in_folder(path) if path.is_dir() else [path]))
     if not files:
         raise UsageError(f"there is no {what}", "name files or folders, or - to read names from stdin")
+    if not any(file.exists() for file in files):
+        first, others = next(iter(files)), len(files) - 1
+        raise UsageError(f"{first} does not exist" + (f", nor do the {others} others" if others else ""))
     return list(files)
 
 

@@ -17,7 +17,7 @@ import typer
 from fluxsplit import __version__
 from fluxsplit.cli_commands import COMMANDS, Command
 from fluxsplit.cli_help import GroupedCommand
-from fluxsplit.cli_options import Debug, Json
+from fluxsplit.cli_options import Debug, Json, Quiet
 from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def export(
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the copies go.")] = "exports",
     no_ai_mark: Annotated[bool, typer.Option("--no-ai-mark", help="Leave out the mark that an AI made it.")] = False,
+    json: Json = None,
+    quiet: Quiet = None,
     debug: Debug = False,
 ) -> None:
     """Make copies that fit: size, format, and metadata kept or dropped on purpose.
@@ -131,22 +133,49 @@ def export(
     web: small WebP without metadata.
     """
     from fluxsplit.cli_export import run_export  # noqa: PLC0415  only where it is needed
+    from fluxsplit.progress import Progress  # noqa: PLC0415
 
-    raise typer.Exit(run_export(files, target, out, not no_ai_mark))
+    with Progress(json_lines=bool(json), quiet=bool(quiet), debug=debug) as progress:
+        raise typer.Exit(run_export(files, target, out, not no_ai_mark, progress))
 
 
-@app.command(cls=GroupedCommand, short_help="Run a workflow file.")
+RUN_EXAMPLES = """Examples:
+  fluxsplit run workflows/sample.toml
+  fluxsplit run workflows/sample.toml --seed 8..15 --dry-run
+"""
+
+
+@app.command(
+    cls=GroupedCommand,
+    epilog=RUN_EXAMPLES,
+    short_help="Run a workflow file.",
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False},
+)
 def run(
+    context: typer.Context,
     file: Annotated[
         str,
         typer.Argument(metavar="FILE.toml", help="One table, named as its command."),
     ],
     debug: Debug = False,
 ) -> None:
-    """Run a workflow file: the settings of one command, named as their flags."""
+    """Run a workflow file: the settings of one command, named as their flags.
+
+    Flags of that command may follow the file, and overrule it.
+    """
     from fluxsplit.settings import read_workflow  # noqa: PLC0415
 
-    raise typer.Exit(_run(*read_workflow(Path(file).expanduser()), debug=debug))
+    command, settings = read_workflow(Path(file).expanduser())
+    flags = _parsed(command, context)
+    raise typer.Exit(_run(command, settings | _given(flags), debug=debug or bool(flags.params["debug"])))
+
+
+def _parsed(name: str, context: typer.Context) -> Any:
+    """The flags of command `name` in what is left of `run`'s; what must be given elsewhere is in the file here."""
+    command: Any = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    for parameter in command.params:
+        parameter.required = False
+    return command.make_context(name, list(context.args), parent=context.parent)
 
 
 def _given(context: typer.Context) -> dict[str, Any]:

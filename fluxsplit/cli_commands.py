@@ -23,6 +23,7 @@ from fluxsplit.cli_options import (
     Device,
     DryRun,
     Dtype,
+    EncodeFit,
     EncodeSize,
     Fetch,
     Fit,
@@ -257,6 +258,7 @@ COMMANDS: tuple[Command, ...] = (
         options={
             "pictures": Pictures,
             "size": EncodeSize,
+            "fit": EncodeFit,
             **VAE_STAGE,
             "out": LatentsOut,
             "format": LatentFormat,

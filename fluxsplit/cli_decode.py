@@ -110,7 +110,7 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
     for refused in plan.refused:
         progress.failed(refused.path, refused.error.message, refused.error.hint)
     before = len(progress.results)
-    for folder in {job.out for job in plan.jobs if not job.dry_run}:
+    for folder in {job.out for job in plan.jobs}:
         durable.check_folder(folder)
     for number, job in enumerate(plan.jobs):
         with ahead if ahead is not None and number == 0 else StageProcess("decode") as process:

@@ -15,15 +15,14 @@ from fluxsplit.memory import check_budget
 from fluxsplit.models import demo_files, resolve_vae
 from fluxsplit.picture_file import SUFFIXES
 from fluxsplit.progress import Progress
-from fluxsplit.recipe import DTYPES, LATENT_FORMATS
+from fluxsplit.recipe import DTYPES, ENCODE_FITS, LATENT_FORMATS
 from fluxsplit.retry import vae_events_with_retry
 
 
 def encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and encode; returns the exit code."""
     job = plan_encode(given, defaults, progress)
-    if not job.dry_run:
-        durable.check_folder(job.out)
+    durable.check_folder(job.out)
     for event in encode_events(job, progress):
         progress.show(event)
     return 1 if progress.failures else 0
@@ -47,6 +46,7 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
         vram=check_budget(values.get("vram", "auto")),
         width=width,
         height=height,
+        fit=check_choice("fit", values.get("fit", "cut"), ENCODE_FITS),
         format=check_choice("format", values.get("format", "pt"), LATENT_FORMATS),
         dry_run=bool(values.get("dry_run", False)),
     )

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from fluxsplit.arguments import check_choice, files_in, gather_files, out_folder
 from fluxsplit.errors import FluxsplitError, ends_all
 from fluxsplit.export import TARGETS, export_picture
+from fluxsplit.jobs import absolute
 from fluxsplit.picture_file import SUFFIXES
+from fluxsplit.progress import Progress
 
 
-def run_export(files: list[str], target: str, out: str, ai_mark: bool) -> int:
-    """Write the copies, printing their paths; returns the exit code. One that fails does not stop the rest."""
+def run_export(files: list[str], target: str, out: str, ai_mark: bool, progress: Progress) -> int:
+    """Write the copies, telling their paths; returns the exit code. One that fails does not stop the rest."""
     check_choice("for", target, TARGETS)
-    failures = 0
     sources = gather_files(files, lambda folder: files_in(folder, SUFFIXES, "picture"), "picture to export")
     folder = Path(out_folder({"out": out}))
     for source in sources:
         try:
             for path in export_picture(source, target, folder, ai_mark):
-                print(path)
+                progress.show({"event": "result", "path": str(path), "source": absolute(source), "recipe": None})
         except FluxsplitError as error:
             if len(sources) == 1 or ends_all(error):
                 raise
-            failures += 1
-            print(f"fluxsplit: {error.line()}", file=sys.stderr)
-    return 1 if failures else 0
+            progress.failed(absolute(source), error.message, error.hint)
+    return 1 if progress.failures else 0

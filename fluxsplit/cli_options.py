@@ -299,6 +299,15 @@ Latents = Annotated[
 Pictures = Annotated[
     list[str], typer.Argument(metavar="IMAGE...", help="Pictures, folders of them, or - for names on stdin.")
 ]
+EncodeFit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="cut|stretch",
+        rich_help_panel=PICTURE,
+        help="If --size has another aspect ratio: cut off what sticks out, or pull. [cut]",
+    ),
+]
 EncodeSize = Annotated[
     str | None,
     typer.Option(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,19 @@ def run_preview(plan: Plan, given: dict[str, Any], defaults: dict[str, Any], pro
             key: given[key] for key in ("model", "vae", "comfyui", "device", "vram", "vae_dtype") if key in given
         }
         decoding = plan_decode({**words, "latents": latents, "out": str(pictures)}, defaults)
-        run_decode(decoding, progress, ahead)
-    sheet = write_sheets(pictures)
-    if sheet is not None:
-        progress.note(f"to choose: open {sheet}, or run fluxsplit gallery {pictures}")
+        with undecoded_told(latents, given, pictures, progress), _sheets_of(pictures, progress):
+            run_decode(decoding, progress, ahead)
     return 1 if progress.failures else 0
+
+
+@contextmanager
+def _sheets_of(pictures: Path, progress: Progress) -> Iterator[None]:
+    """Write the sheets afterwards, of what there is by then if it is ended early."""
+    try:
+        yield
+    finally:
+        if (sheet := write_sheets(pictures)) is not None:
+            progress.note(f"to choose: open {sheet}, or run fluxsplit gallery {pictures}")
 
 
 def next_number(folder: Path) -> int:

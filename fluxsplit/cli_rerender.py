@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fluxsplit import conditioning_cache, places
+from fluxsplit import conditioning_cache, durable, places
 from fluxsplit.arguments import check_choice, check_device, out_folder
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_decode import plan_decode, run_decode
@@ -80,7 +80,8 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
         parents |= {latent: named[_stem(latent)] for latent in latents if _stem(latent) in named}
         parents |= {latent: ("", "") for latent in latents if latent not in parents}
     if parents:
-        _decode(parents, given, defaults, out, progress)
+        with undecoded_told(list(parents), given, out, progress):
+            _decode(parents, given, defaults, out, progress)
     return 1 if progress.failures else 0
 
 
@@ -213,7 +214,7 @@ def _numbered(source: Path, images: Sequence[ImageJob]) -> list[ImageJob]:
     """Images with the names of their files: the picture's, the size and, where there are several, the seed."""
     several = len(images) > 1
     return [
-        replace(image, stem=f"{source.stem}-{image.width}x{image.height}" + (f"-{image.seed}" if several else ""))
+        replace(image, stem=f"{source.stem}-{image.width}x{image.height}" + (f"-seed{image.seed}" if several else ""))
         for image in images
     ]
 
@@ -341,5 +342,6 @@ def _show(plans: list[tuple[Plan, dict[str, tuple[str, str]]]], as_json: bool, p
     from fluxsplit.dry_run import show_plan  # noqa: PLC0415
 
     for plan, _ in plans:
+        durable.check_folder(plan.out)
         show_plan(plan, as_json)
     return 1 if progress.failures else 0

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluxsplit import places
+from fluxsplit import durable, places
 from fluxsplit.arguments import (
     MAX_IMAGES,
     check_cfg,
@@ -64,6 +64,7 @@ def only_planned(plan: Plan, given: dict[str, Any], progress: Progress) -> int:
     """`--dry-run`: show the plan and do nothing; returns the exit code."""
     from fluxsplit.dry_run import show_plan  # noqa: PLC0415  only where it is needed
 
+    durable.check_folder(plan.out)
     for note in plan.notes:
         progress.note(note)
     show_plan(plan, bool(given.get("json")))

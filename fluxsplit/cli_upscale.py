@@ -40,7 +40,7 @@ def upscale(given: dict[str, Any], defaults: dict[str, Any], progress: Progress)
     options = upscale_options({"upscale": "2", **values}, progress)
     if options.job.overwrite:
         check_names_differ(pictures, options.job.out)
-    for folder in {options.job.out or str(Path(picture).parent) for picture in pictures if not options.job.dry_run}:
+    for folder in {options.job.out or str(Path(picture).parent) for picture in pictures}:
         durable.check_folder(folder)
     upscale_paths(pictures, options, progress)
     return 1 if progress.failures else 0

@@ -145,6 +145,8 @@ class EncodeJob:
     width: int = 0
     """Pixels that every picture is resized to; 0 to take it as it is, cut to multiples of 8."""
     height: int = 0
+    fit: str = "cut"
+    """One of `recipe.ENCODE_FITS`: what is done where that is another aspect ratio."""
     format: str = "pt"
     smaller: int = 0
     """How often a plan ran out of memory before."""

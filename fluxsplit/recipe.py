@@ -29,6 +29,7 @@ VAE_FACTOR = 8
 SAMPLERS = ("euler", "heun", "dpmpp_2m")
 SCHEDULERS = ("simple", "normal", "beta", "sgm_uniform")
 LATENT_FORMATS = ("pt", "safetensors", "latent")
+ENCODE_FITS = ("cut", "stretch")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 

@@ -37,13 +37,13 @@ def run_sample_and_taef1(plan: Plan, progress: Progress) -> int:
 
 @contextmanager
 def undecoded_told(latents: list[str], given: dict[str, Any], pictures: Path, progress: Progress) -> Iterator[None]:
-    """Where sampling is ended early, say how `latents`, which are finished, become `pictures`."""
+    """Where it is ended early, say how those of `latents` that are finished become `pictures`, if they are not yet."""
     try:
         yield
     except BaseException:
-        if latents:
-            told = decoding(latents, given, pictures)
-            progress.note(f"{len(latents)} finished, without their pictures yet; to have them: {told}")
+        if left := [latent for latent in latents if not (pictures / f"{Path(latent).stem}.png").exists()]:
+            told = decoding(left, given, pictures)
+            progress.note(f"{len(left)} finished, without their pictures yet; to have them: {told}")
         raise
 
 

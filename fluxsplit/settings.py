@@ -141,7 +141,7 @@ _DECODE: dict[str, Reader] = {
     "overwrite": _switch,
     "delete_latents": _switch,
 } | _UPSCALE
-_ENCODE: dict[str, Reader] = {"vae_dtype": _text, "vram": _text, "out": _text, "format": _text}
+_ENCODE: dict[str, Reader] = {"vae_dtype": _text, "vram": _text, "fit": _text, "out": _text, "format": _text}
 _UPSCALE_ALONE: dict[str, Reader] = {
     "comfyui": _text,
     "device": _text,

@@ -36,7 +36,7 @@ def _encode(job: EncodeJob, events: Events, stamp: Future[WeightsStamp]) -> None
     for number, path in enumerate(job.images):
         events.send("encode", done=number, total=total)
         with failures.told_of(path):
-            pixels = prepared(picture_file.read_picture(path), job.width, job.height, session.vae.shape.factor)
+            pixels = prepared(picture_file.read_picture(path), job, session.vae.shape.factor)
             tensor = session.encode(pixels, teller(events, number, total, "encode"))
             payload, (_, channels, height, width) = tensor.numpy().tobytes(), tensor.shape
             shape = (1, channels, height, width)
@@ -55,14 +55,14 @@ def _foretell(job: EncodeJob, events: Events) -> None:
     for path in job.images:
         with failures.told_of(path):
             picture = picture_file.read_picture(path)
-            height, width, _ = prepared(picture, job.width, job.height, session.vae.shape.factor).shape
+            height, width, _ = prepared(picture, job, session.vae.shape.factor).shape
             target = Path(job.out) / f"{Path(path).stem}{SUFFIXES[job.format]}"
             plan = session.encode_plan(height, width).text()
             tell_planned(events, path, target, (width, height), session.device, plan)
 
 
-def prepared(picture: Picture, width: int, height: int, factor: int) -> torch.Tensor:
-    """RGB [H, W, 3] uint8: of `width` x `height`, or as it is, cut to multiples of `factor` round its middle.
+def prepared(picture: Picture, job: EncodeJob, factor: int) -> torch.Tensor:
+    """RGB [H, W, 3] uint8: of the job's size, or as it is, cut to multiples of `factor` round its middle.
 
     What is transparent becomes white. Cut as ComfyUI's VAEEncode cuts (`comfy/sd.py`, vae_encode_crop_pixels).
     """
@@ -73,15 +73,27 @@ def prepared(picture: Picture, width: int, height: int, factor: int) -> torch.Te
     if picture.alpha is not None:
         white = Image.new("RGB", image.size, (255, 255, 255))
         image = Image.composite(image, white, picture.alpha)
-    image = picture_file.resized(image, width, height) if width and height else _cut(image, factor)
+    image = _of_size(image, job.width, job.height, job.fit) if job.width else _of_multiples(image, factor)
     if max(image.size) > MAX_SIDE_PX:
         raise FluxsplitError(f"{image.width}x{image.height} pixels are over {MAX_SIDE_PX} a side", "give a --size")
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def _cut(image: Image.Image, factor: int) -> Image.Image:
+def _of_size(image: Image.Image, width: int, height: int, fit: str) -> Image.Image:
+    if fit == "cut":  # as much as has the ratio that is wanted
+        wide, high = round(image.height * width / height), round(image.width * height / width)
+        image = _cut(image, max(1, min(image.width, wide)), max(1, min(image.height, high)))
+    return picture_file.resized(image, width, height)
+
+
+def _of_multiples(image: Image.Image, factor: int) -> Image.Image:
     width, height = (side // factor * factor for side in image.size)
     if not width or not height:
         raise FluxsplitError(f"{image.width}x{image.height} pixels are fewer than {factor}x{factor}", "give a --size")
+    return _cut(image, width, height)
+
+
+def _cut(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Its middle."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))

@@ -15,6 +15,7 @@ from typing import Any
 
 from fluxsplit.jobs import DecodeJob, EncodeJob, SampleJob, TextJob, UpscaleJob, job_from_json
 from fluxsplit.latents import read_latents, write_latent
+from fluxsplit.metadata import encode_png
 from fluxsplit.recipe import Recipe, WeightsStamp
 
 
@@ -94,12 +95,12 @@ def sample(job: SampleJob) -> tuple[int, int]:
 
 
 def decode(job: DecodeJob) -> tuple[int, int]:
-    """Pictures that hold nothing."""
+    """Small black pictures."""
     Path(job.out).mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(job.latents):
         recipe = read_latents(path)[0].recipe
         picture = Path(job.out) / f"{Path(path).stem}.png"
-        picture.write_bytes(b"")
+        picture.write_bytes(encode_png(bytes(3 * 8 * 8), 8, 8, {}))
         say("result", path=str(picture), recipe=recipe and json.loads(recipe.to_json()))
         say("decode", done=number + 1, total=len(job.latents))
         _fail_at_the_second("decode", job.smaller)
@@ -117,8 +118,9 @@ def encode(job: EncodeJob) -> tuple[int, int]:
 
 
 def _fail_at_the_second(stage: str, smaller: int) -> None:
-    if os.environ.get("FAKE_FAIL") == f"{stage} out of memory at the second" and not smaller:
-        say("error", exit_code=4, message="no room", hint="smaller --size", traceback="")
+    fails = os.environ.get("FAKE_FAIL")
+    if fails == f"{stage} ends at the second" or (fails == f"{stage} out of memory at the second" and not smaller):
+        say("error", exit_code=4 if "memory" in fails else 1, message="no room", hint="smaller --size", traceback="")
         sys.exit()
 
 

@@ -308,6 +308,8 @@ def test_a_vae_that_ran_out_of_memory_goes_on_with_a_smaller_plan(
 ) -> None:
     latents = run("sample", "-p", "a", "--seed", "1..3").out
     pictures = [str(home / f"{n}.png") for n in range(3)]
+    for picture in pictures:
+        Path(picture).touch()
     monkeypatch.setenv("FAKE_FAIL", f"{stage} out of memory at the second")
     ran = run("decode", *latents) if stage == "decode" else run("encode", *pictures)
     assert (ran.code, len(ran.out)) == (0, 3), ran.err
@@ -329,13 +331,34 @@ def test_the_machine_settings_of_the_vae(run: Run) -> None:
 
 
 def test_encode(run: Run, home: Path) -> None:
+    (home / "a.png").touch()
     ran = run("encode", "a.png", "--size", "64x32", "--format", "latent", "--vram", "50%")
     assert ran.code == 0 and "demo model" in ran.err
     job = ran.job("encode")
     assert job["images"] == [str(home / "a.png")] and (job["width"], job["height"]) == (64, 32)
     assert (job["format"], job["out"], job["vram"]) == ("latent", str(home / "latents"), "50%")
+    assert job["fit"] == "cut" and run("encode", "a.png", "--fit", "stretch").job("encode")["fit"] == "stretch"
+    assert run("encode", "a.png", "--fit", "centre").code == 2
     assert run("encode", "a.png", "--size", "63x32").code == 2
     assert run("encode", "a.png", "--vae", "nowhere.safetensors").code == 3
+
+
+@pytest.mark.parametrize("command", ["decode", "encode", "upscale", "peek"])
+def test_files_that_are_not_there_are_a_mistake_in_the_command(run: Run, home: Path, command: str) -> None:
+    alone = run(command, "a.png")
+    assert alone.code == 2 and alone.out == [] and "a.png does not exist" in alone.err and not alone.log
+    assert "a.png does not exist, nor do the 2 others" in run(command, "a.png", "b.png", "c.png").err
+
+
+def test_a_dry_run_says_that_nothing_can_be_written(run: Run, home: Path) -> None:
+    (home / "taken").write_text("a file")
+    (home / "a.png").touch()
+    (latent,) = run("sample", "-p", "a", "--seed", "1").out
+    commands = ("sample -p a", "preview -p a", f"decode {latent}", "encode a.png", "upscale a.png")
+    for words in map(str.split, commands):
+        ran = run(*words, "--dry-run", "--out", "taken/inside")
+        assert ran.code == 1 and "taken" in ran.err, words
+        assert run(*words, "--dry-run", "--out", "new").code == 0, words
 
 
 def test_json_lines(run: Run) -> None:
@@ -586,6 +609,20 @@ def test_workflow_files(run: Run, home: Path) -> None:
     (home / "d.toml").write_text('[decode]\nlatnets = ["latents"]\n')
     ran = run("run", "d.toml")
     assert (ran.code, "did you mean latents?" in ran.err) == (2, True)
+
+
+def test_flags_behind_a_workflow_file_overrule_it(run: Run, home: Path) -> None:
+    (home / "s.toml").write_text('[sample]\nprompt = "a"\nseed = [7, 8]\nsize = "64x64"\n')
+    ran = run("run", "s.toml", "--seed", "9", "-n", "2", "--size", "32x32", "-q")
+    assert ran.code == 0 and not ran.err, ran.err
+    assert [(image["prompt"], image["seed"], image["width"]) for image in ran.images] == [("a", 9, 32), ("a", 10, 32)]
+    assert run("run", "s.toml", "--dry-run", "--json").out[0].startswith("{")
+    (home / "d.toml").write_text('[decode]\nlatents = ["latents"]\n')
+    assert [Path(line).parent for line in run("run", "d.toml", "--out", "p").out] == [home / "p"] * 2
+    assert len(run("run", "d.toml", ran.out[0]).out) == 1, "arguments too"
+    wrong = run("run", "d.toml", "--seed", "3")
+    assert wrong.code == 2 and "No such option" in wrong.err and "decode" in wrong.err
+    assert "Decode latent files" in " ".join(run("run", "d.toml", "--help").out)
 
 
 @pytest.mark.parametrize("command", ["sample", "decode"])

@@ -61,6 +61,20 @@ def test_one_that_fails_does_not_stop_the_rest(run: Run, monkeypatch: pytest.Mon
     assert ran.code == 1 and len(ran.out) == 2 and "NaN at step 2" in ran.err
 
 
+def test_where_decoding_ends_early_a_sheet_shows_what_there_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "decode ends at the second")
+    ran = run("preview", "-p", "a", "--seed", "7..9")
+    assert ran.code == 1 and [Path(line).name for line in ran.out] == ["0001.png"]
+    assert (home / "previews" / "sheet.png").stat().st_size and "to choose: open" in ran.err
+    assert "2 finished, without their pictures yet; to have them: fluxsplit decode" in ran.err
+    monkeypatch.delenv("FAKE_FAIL")
+    words = ran.err.partition("to have them: fluxsplit ")[2].splitlines()[0].split()
+    assert run(*words).code == 0
+    assert sorted(file.name for file in (home / "previews").glob("0*.png")) == ["0001.png", "0002.png", "0003.png"]
+
+
 def test_the_text_stage_runs_once_for_a_prompt(run: Run, tmp_path: Path) -> None:
     first = run("preview", "-p", "a", "--seed", "1")
     assert first.job("text")["prompts"] == ["a"]

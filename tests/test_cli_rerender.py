@@ -123,6 +123,15 @@ def test_every_setting_can_be_overridden(run: Run, home: Path) -> None:
     assert ran.job("text")["prompts"] == ["a dog", "cats"]
 
 
+def test_where_decoding_ends_early_the_finished_latents_are_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "decode ends at the second")
+    ran = run("rerender", "--from", preview(home / "previews"), "--seed", "1..3")
+    assert ran.code == 1 and len(ran.out) == 1
+    assert "2 finished, without their pictures yet; to have them: fluxsplit decode" in ran.err
+
+
 def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:
     for name in ("0001", "0002"):
         preview(home / "previews", name)
@@ -132,7 +141,7 @@ def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:
     assert not [entry for entry in by_glob.log if entry["what"] == "job"]
     by_folder = run("rerender", "--from", "previews", "--seed", "11..12")
     assert [image["stem"] for image in by_folder.images] == [
-        f"{name}-64x48-{seed}" for name in ("0001", "0002") for seed in (11, 12)
+        f"{name}-64x48-seed{seed}" for name in ("0001", "0002") for seed in (11, 12)
     ]
     by_stdin = run("rerender", "--from", "-", stdin="previews/0002.png\n\n")
     assert [image["stem"] for image in by_stdin.images] == ["0002-64x48"]

@@ -17,6 +17,7 @@ from fluxsplit.inspection import inspect
 from fluxsplit.jobs import DecodeJob, EncodeJob
 from fluxsplit.latents import read_latent, write_latent
 from fluxsplit.models import demo_files
+from fluxsplit.picture_file import read_picture
 from fluxsplit.recipe import LATENT_FORMATS, WeightsStamp
 
 
@@ -46,6 +47,32 @@ def drawn(width: int, height: int) -> Image.Image:
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     image.paste((200, 30, 40), (width // 4, height // 4, width // 2, height // 2))
     return image
+
+
+@pytest.mark.parametrize(("fit", "width_px"), [("cut", 32), ("stretch", 16)])
+def test_another_ratio_is_cut_off_or_pulled(tmp_path: Path, fit: str, width_px: int) -> None:
+    """A square in the middle stays a square unless the picture is to be pulled."""
+    image = Image.new("RGB", (128, 64), "white")
+    image.paste((0, 0, 0), (48, 16, 80, 48))
+    image.save(tmp_path / "a.png")
+    job = EncodeJob((), "", "", "cpu", width=64, height=64, fit=fit)
+    pixels = stage_encode.prepared(read_picture(tmp_path / "a.png"), job, 8)
+    assert pixels.shape == (64, 64, 3)
+    dark = (pixels[:, :, 0] < 128).nonzero()
+    high, wide = (dark.amax(0) - dark.amin(0) + 1).tolist()
+    assert (high, wide) == (32, width_px)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((3, 400), (64, 8)), ((400, 3), (8, 64)), ((1, 1), (64, 8)), ((9, 9), (16, 8))]
+)
+def test_whatever_ratio_a_picture_has_something_of_it_is_left(
+    size: tuple[int, int], wanted: tuple[int, int], tmp_path: Path
+) -> None:
+    Image.new("RGB", size, (200, 0, 0)).save(tmp_path / "a.png")
+    job = EncodeJob((), "", "", "cpu", width=wanted[0], height=wanted[1])
+    pixels = stage_encode.prepared(read_picture(tmp_path / "a.png"), job, 8)
+    assert pixels.shape == (wanted[1], wanted[0], 3) and bool((pixels[:, :, 0] == 200).all())
 
 
 def test_there_and_back(tmp_path: Path) -> None:

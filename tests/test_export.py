@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from foreign_files import KSAMPLER, png
 from PIL import Image
 from samples import make_recipe
 
+from fluxsplit.cli import main
 from fluxsplit.cli_export import run_export
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.export import TARGETS, export_picture
 from fluxsplit.found import read_found
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks, read_png_text, read_record
+from fluxsplit.progress import Progress
 from fluxsplit.recipe import WeightsStamp
 
 
@@ -79,15 +82,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ours(tmp_path / "x.png")
     (tmp_path / "bad.png").write_bytes(b"hello")
     files = [str(tmp_path / name) for name in ("bad.png", "x.png")]
-    assert run_export(files, "web", str(tmp_path / "out"), True) == 1
-    assert run_export(files[1:], "web", str(tmp_path / "out"), True) == 0
+    assert run_export(files, "web", str(tmp_path / "out"), True, Progress()) == 1
+    assert run_export(files[1:], "web", str(tmp_path / "out"), True, Progress()) == 0
     printed = capsys.readouterr()
     assert printed.out.split() == [str(tmp_path / "out" / name) for name in ("x-web.webp", "x-web.webp")]
     assert "bad.png" in printed.err
     with pytest.raises(UsageError, match="for"):
-        run_export(files, "print", str(tmp_path), True)
+        run_export(files, "print", str(tmp_path), True, Progress())
     with pytest.raises(FluxsplitError):
-        run_export(files[:1], "web", str(tmp_path), True)
+        run_export(files[:1], "web", str(tmp_path), True, Progress())
+
+
+def test_copies_as_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours(tmp_path / "x.png")
+    (tmp_path / "bad.png").write_bytes(b"hello")
+    with pytest.raises(SystemExit, match="1"):
+        main(["export", "--for", "web", "--json", "--out", str(tmp_path / "out"), str(tmp_path)])
+    failed, made = map(json.loads, capsys.readouterr().out.splitlines())
+    assert failed["failed"] == str(tmp_path / "bad.png") and failed["message"]
+    assert (made["path"], made["source"]) == (str(tmp_path / "out" / "x-web.webp"), str(tmp_path / "x.png"))
 
 
 def test_a_folder_stands_for_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,5 +110,5 @@ def test_a_folder_stands_for_its_pictures(tmp_path: Path, capsys: pytest.Capture
         ours(tmp_path / "in" / name)
     for name in ("b.png", "a.png"):
         ours(tmp_path / "in" / name)
-    assert run_export([str(tmp_path / "in")], "web", str(tmp_path / "out"), True) == 0
+    assert run_export([str(tmp_path / "in")], "web", str(tmp_path / "out"), True, Progress()) == 0
     assert [Path(line).name for line in capsys.readouterr().out.split()] == ["a-web.webp", "b-web.webp"]
