@@ -20,7 +20,7 @@ from fluxsplit.memory import check_budget
 from fluxsplit.models import demo_files, resolve_vae
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, VAE_FACTOR
-from fluxsplit.retry import vae_events_with_retry
+from fluxsplit.retry import events_with_retry
 
 MIN_TILE_PX = 64
 
@@ -114,7 +114,7 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
         durable.check_folder(folder)
     for number, job in enumerate(plan.jobs):
         with ahead if ahead is not None and number == 0 else StageProcess("decode") as process:
-            for event in vae_events_with_retry(process, job, progress.note):
+            for event in events_with_retry(process, job, progress.note):
                 progress.show(event)
     if plan.upscale is not None and any(job.dry_run for job in plan.jobs):
         progress.note(f"what is decoded would be enlarged by {Path(plan.upscale.job.weights).name}")

@@ -16,7 +16,7 @@ from fluxsplit.models import demo_files, resolve_vae
 from fluxsplit.picture_file import SUFFIXES
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, ENCODE_FITS, LATENT_FORMATS
-from fluxsplit.retry import vae_events_with_retry
+from fluxsplit.retry import events_with_retry
 
 
 def encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
@@ -59,4 +59,4 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
 def encode_events(job: EncodeJob, progress: Progress) -> Iterator[dict[str, Any]]:
     """The events of an encode stage; where memory runs out, the rest is tried once more by a smaller plan."""
     with StageProcess("encode") as process:
-        yield from vae_events_with_retry(process, job, progress.note)
+        yield from events_with_retry(process, job, progress.note)

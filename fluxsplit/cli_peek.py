@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fluxsplit.jobs import PeekJob, absolute
 from fluxsplit.latents import read_latents
 from fluxsplit.peek import write_peek
 from fluxsplit.progress import Progress
-from fluxsplit.taef1 import find_taef1
+from fluxsplit.taef1 import find_taef1, of_no_use
 
 
 def peek(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
@@ -33,11 +34,25 @@ def peek(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) ->
     if job.overwrite:
         check_names_differ(job.latents, job.out)
     if weights:
-        for event in run_stage("peek", job):
-            progress.show(event)
+        _by_taef1(job, progress, may_fail=decoder == "auto")
     else:
         _linear(job, progress)
     return 1 if progress.failures else 0
+
+
+def _by_taef1(job: PeekJob, progress: Progress, *, may_fail: bool) -> None:
+    """By a decoder that was named, or by one that was found, in whose place the linear map does too."""
+    done: set[str] = set()
+    try:
+        for event in run_stage("peek", job):
+            progress.show(event)
+            if event["event"] in ("result", "failed"):
+                done.add(str(event.get("source") or event.get("item")))
+    except FluxsplitError as error:
+        if not may_fail:
+            raise
+        progress.note(of_no_use(job.weights, error))
+        _linear(replace(job, latents=tuple(path for path in job.latents if path not in done)), progress)
 
 
 def _linear(job: PeekJob, progress: Progress) -> None:

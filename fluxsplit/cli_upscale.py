@@ -11,7 +11,7 @@ from typing import Any
 from fluxsplit import durable, places
 from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
 from fluxsplit.errors import FluxsplitError, UsageError
-from fluxsplit.executor import run_stage
+from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import UpscaleJob, absolute
 from fluxsplit.memory import check_budget
 from fluxsplit.metadata import POSTPROCESSING_KEY
@@ -19,6 +19,7 @@ from fluxsplit.picture_file import SUFFIXES
 from fluxsplit.png_text import read_png
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES
+from fluxsplit.retry import events_with_retry
 from fluxsplit.upscalers import Chosen, choose
 
 MAX_SIDE_PX = 65535
@@ -93,8 +94,10 @@ def upscale_paths(paths: Sequence[str | Path], options: UpscaleOptions, progress
     if options.note:
         progress.note(options.note)
     before = len(progress.results)
-    for event in run_stage("upscale", replace(options.job, images=tuple(absolute(path) for path in paths))):
-        progress.show(event)
+    job = replace(options.job, images=tuple(absolute(path) for path in paths))
+    with StageProcess("upscale") as process:
+        for event in events_with_retry(process, job, progress.note):
+            progress.show(event)
     return progress.results[before:]
 
 

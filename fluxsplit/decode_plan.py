@@ -226,8 +226,8 @@ def plan_vae(
     width, height = picture_size(passes)
     need, size = f"give --vram {-(-plan.device_bytes // 1_000_000)}M or more", f"{width}x{height}"
     raise DoesNotFit(
-        f"the VAE needs {plan.device_bytes / 1e6:.0f} MB for {size} in {dtype} even in the smallest strips, "
-        f"and {budget_bytes / 1e6:.0f} MB may be used",
+        f"the VAE needs {plan.device_bytes / 1e6:,.1f} MB for {size} in {dtype} even in the smallest strips, "
+        f"and {budget_bytes / 1e6:,.1f} MB may be used",
         need if device.kind == "cpu" else f"{need}, or use --device cpu",
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsplit import durable
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -24,11 +25,12 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def download(url: str, target: Path, size_bytes: int, sha256: str, on_bytes: Callable[[int], None]) -> Path:
-    """Fetch `url` to `target`, which is returned at once where it exists already; `on_bytes` is told how many came.
+    """Fetch `url` to `target`, unless that is it already; `on_bytes` is told how many came.
 
-    Raises FluxsplitError where the server refuses, the connection breaks, or size or hash are not as they should be.
+    Another file of that name is replaced, once the right one is here. Raises FluxsplitError where the server refuses,
+    the connection breaks, or size or hash are not as they should be.
     """
-    if target.exists():
+    if target.exists() and file_sha256(target) == sha256:
         return target
     durable.check_space(target.parent, size_bytes)
     from http.client import HTTPException  # noqa: PLC0415 - as urllib, only where something is fetched
@@ -49,11 +51,7 @@ def download(url: str, target: Path, size_bytes: int, sha256: str, on_bytes: Cal
         raise FluxsplitError(
             f"{url} gave a file with SHA-256 {found.hexdigest()}, it should be {sha256}", "it was not kept"
         )
-    try:
-        durable.write_new(target, _chunks(part))
-    except FluxsplitError:
-        if not target.exists():  # else another process fetched it meanwhile
-            raise
+    durable.replace(target, _chunks(part))
     part.unlink(missing_ok=True)
     return target
 

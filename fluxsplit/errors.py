@@ -81,6 +81,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(word in text for word in _MEMORY_WORDS)
 
 
+def memory_hint(stage: str) -> str:
+    """What to do where a stage runs out of memory."""
+    if stage in ("decode", "encode", "upscale"):
+        return "close other programs, or give less by --vram"
+    if stage == "text":
+        return "close other programs, or use FP8 weights"
+    return "close other programs, choose a smaller --size, or use FP8 weights"
+
+
 ERRORS_BY_EXIT_CODE: dict[int, type[FluxsplitError]] = {
     error.exit_code: error for error in (FluxsplitError, UsageError, ModelFileMissing, OutOfMemory)
 }

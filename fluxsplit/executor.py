@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from fluxsplit.child_environment import child_environment, module_command, own_process_group
-from fluxsplit.errors import ERRORS_BY_EXIT_CODE, FluxsplitError, OutOfMemory
+from fluxsplit.errors import ERRORS_BY_EXIT_CODE, FluxsplitError, OutOfMemory, memory_hint
 from fluxsplit.jobs import Job, job_to_json
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
@@ -38,7 +38,6 @@ _WINDOWS_STATUS = {
     0xC000012D: "no memory",
     0xC0000409: "a failed check",
 }
-_OUT_OF_MEMORY_HINT = "close other programs, choose a smaller --size, or use FP8 weights"
 
 
 def stage_command(stage: str) -> list[str]:
@@ -232,10 +231,10 @@ def _death(stage: str, code: int, stderr: str) -> FluxsplitError:
     see = "run with --debug to see its last lines"
     if code in (-9, 128 + 9):
         message = f"the {stage} stage was killed, most likely by the system because memory ran out"
-        return OutOfMemory(message, _OUT_OF_MEMORY_HINT)
+        return OutOfMemory(message, memory_hint(stage))
     windows = _WINDOWS_STATUS.get(code & 0xFFFFFFFF) if os.name == "nt" else None
     if windows == "no memory":
-        return OutOfMemory(f"the {stage} stage ran out of memory", _OUT_OF_MEMORY_HINT)
+        return OutOfMemory(f"the {stage} stage ran out of memory", memory_hint(stage))
     if windows:
         return FluxsplitError(f"the {stage} stage crashed with {windows}{said}", see)
     if code == -getattr(signal, "SIGBUS", 7):

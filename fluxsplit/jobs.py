@@ -42,6 +42,7 @@ class TextJob:
     t5_tokenizer: str
     clip_tokenizer: str
     device: str
+    vram: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,8 @@ class DecodeJob:
     """Side of overlapped tiles in pixels; 0 for exact strips."""
     smaller: int = 0
     """How often a plan ran out of memory before."""
+    retried: str = ""
+    """That plan, to be recorded."""
     dry_run: bool = False
     """Say what would be made and how, and make nothing."""
 
@@ -175,6 +178,8 @@ class UpscaleJob:
     overwrite: bool = False
     published_sha256: str = ""
     """What a file of this name should have; empty where that is not known."""
+    smaller: int = 0
+    """How often a plan ran out of memory before."""
     dry_run: bool = False
     """As for `DecodeJob`."""
 

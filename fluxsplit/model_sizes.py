@@ -63,7 +63,7 @@ def read_model(part: Part, dtype: str) -> Model:
             found.setdefault((stack, int(number)), []).append(source)
     keys = sorted(found, key=lambda key: (key[0] != "transformer_blocks", key[1]))
     blocks = tuple(_block(key, found[key]) for key in keys)
-    once_bytes = [sum(map(_stored_bytes, sources)) for sources in once.values()]
+    once_bytes = [sum(map(stored_bytes, sources)) for sources in once.values()]
     once_outputs = sum(source.shape[0] for sources in once.values() for source in sources)
     in_blocks = (source for sources in (*found.values(), *once.values()) for source in sources)
     expanded = [source for source in in_blocks if _is_expanded(source, dtype)]
@@ -71,7 +71,7 @@ def read_model(part: Part, dtype: str) -> Model:
         blocks,
         hidden=part.shape("x_embedder.weight")[0],
         head=_head(part),
-        small_bytes=sum(_stored_bytes(source) for source in rest if _is_matrix(source)),
+        small_bytes=sum(stored_bytes(source) for source in rest if _is_matrix(source)),
         small_elements=sum(math.prod(source.shape) for source in part.sources.values() if not _is_matrix(source)),
         modulation_bytes=sum(once_bytes),
         modulation_block_bytes=max(once_bytes, default=0),
@@ -83,7 +83,7 @@ def read_model(part: Part, dtype: str) -> Model:
 def _block(key: tuple[str, int], sources: list[Source]) -> Block:
     elements = sum(math.prod(source.shape) for source in sources if source.dtype in _FLOAT8)
     kind = "double" if key[0] == "transformer_blocks" else "single"
-    return Block(f"{kind} {key[1]}", sum(_stored_bytes(source) for source in sources), elements)
+    return Block(f"{kind} {key[1]}", sum(stored_bytes(source) for source in sources), elements)
 
 
 def _head(part: Part) -> int:
@@ -100,5 +100,6 @@ def _is_expanded(source: Source, dtype: str) -> bool:
     return source.dtype.lower() != dtype.replace("fp", "f") or source.scale is not None
 
 
-def _stored_bytes(source: Source) -> int:
+def stored_bytes(source: Source) -> int:
+    """Bytes of a parameter in its file."""
     return math.prod(source.shape) * _BYTES.get(source.dtype, 1)

@@ -1,79 +1,101 @@
 """A stage that runs out of memory gets a second process with a smaller plan, once.
 
-The transformer's pictures advance together, and its plan holds for all: its stage says beforehand what a smaller
-one is. The VAE's items come one after another, each with a plan of its own size: its job counts how often one did
-not hold.
+What a smaller plan is only the stage knows: its event `plan` says in words what it is about to do, and by `smaller`
+which fields of its job to change if that does not hold. So it is known also where the system killed it without a word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxsplit.errors import OutOfMemory
 from fluxsplit.executor import StageProcess
-from fluxsplit.jobs import DecodeJob, EncodeJob, Job, SampleJob
+from fluxsplit.jobs import DecodeJob, EncodeJob, Job, SampleJob, UpscaleJob
 
 
-def events_with_retry(process: StageProcess, job: SampleJob, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def events_with_retry(process: StageProcess, job: Job, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Hand `process` its job and yield its events; if it runs out of memory, those of a second process with less.
 
-    What to change in the job the stage itself says beforehand, by `smaller` in its event `plan`, so that it is known
-    also where the system killed it. Items that have a `result` or `failed` event already, by `number`, are not done
-    again. Raises OutOfMemory where there is nothing smaller, or that runs out too.
+    Items that are finished are not done again. Raises OutOfMemory, with the plan that did not hold, where there is
+    nothing smaller, or that runs out too.
     """
+    said = _Said()
     process.submit(job)
-    smaller: dict[str, Any] | None = None
-    done: set[int] = set()
     try:
         for event in process.events():
-            if event["event"] == "plan":
-                smaller = event.get("smaller")
-            if event["event"] in ("result", "failed") and "number" in event:
-                done.add(event["number"])
+            said.take(event)
             yield event
         return
     except OutOfMemory as error:
-        images = _left(job.images, done)
-        if smaller is None or not images:
-            raise
+        told = said.explained(error)
+        rest = _rest(job, said)
+        if rest is None:
+            raise told from error
         process.close()
-        note(f"{error.message}; trying once more with {_described(smaller)}")
-    with StageProcess(process.stage) as second:
-        second.submit(replace(job, images=images, **smaller))
-        yield from second.events()
-
-
-def vae_events_with_retry(
-    process: StageProcess, job: DecodeJob | EncodeJob, note: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    """The same for a stage of the VAE; its events of progress, named as the stage, tell how many items are `done`."""
-    process.submit(job)
-    done = 0
-    try:
-        for event in process.events():
-            done = int(event["done"]) if event["event"] == process.stage else done
-            yield event
-        return
-    except OutOfMemory as error:
-        if job.smaller:
-            raise
-        process.close()
-        note(f"{error.line()}; trying once more with a smaller plan")
-    if isinstance(job, DecodeJob):
-        rest: Job = replace(job, latents=job.latents[done:], parents=job.parents[done:], smaller=1)
-    else:
-        rest = replace(job, images=job.images[done:], smaller=1)
+        note(f"{told.message}; trying once more with {_described(said.smaller or {})}")
+    said = _Said()
     with StageProcess(process.stage) as second:
         second.submit(rest)
-        yield from second.events()
+        try:
+            for event in second.events():
+                said.take(event)
+                yield event
+        except OutOfMemory as error:
+            raise said.explained(error) from error
 
 
-def _left(items: tuple[Any, ...], done: set[int]) -> tuple[Any, ...]:
-    return tuple(item for number, item in enumerate(items) if number not in done)
+@dataclass(slots=True)
+class _Said:
+    """What a stage has said of its plan, and of the items that it is done with."""
+
+    plan: str = ""
+    smaller: dict[str, Any] | None = None
+    numbers: set[int] = field(default_factory=set)
+    """Of pictures that advance together."""
+    done: int = 0
+    """Of items that come one after another."""
+
+    def take(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "plan":
+            self.plan, self.smaller = str(event.get("text", "")), event.get("smaller")
+        elif kind in ("result", "failed") and "number" in event:
+            self.numbers.add(event["number"])
+        elif kind in ("decode", "encode"):
+            self.done = int(event["done"])
+        elif kind == "upscale":
+            self.done = int(event["image"])
+
+    def explained(self, error: OutOfMemory) -> OutOfMemory:
+        """The error with the plan, which a stage that was killed could not tell."""
+        if not self.plan or self.plan in error.message:
+            return error
+        told = type(error)(f"{error.message}; its plan was {self.plan}", error.hint)
+        told.__notes__ = list(getattr(error, "__notes__", []))
+        return told
+
+
+def _rest(job: Job, said: _Said) -> Job | None:
+    """The job of the second process; None where there is nothing smaller, or nothing left to do."""
+    if said.smaller is None:
+        return None
+    smaller: Any = replace(job, **said.smaller)
+    if isinstance(smaller, SampleJob):
+        images = tuple(image for number, image in enumerate(smaller.images) if number not in said.numbers)
+        return replace(smaller, images=images) if images else None
+    if isinstance(smaller, DecodeJob):
+        rest = smaller.latents[said.done :]
+        return replace(smaller, latents=rest, parents=smaller.parents[said.done :], retried=said.plan)
+    if isinstance(smaller, EncodeJob | UpscaleJob):
+        return replace(smaller, images=smaller.images[said.done :])
+    everything: Job = smaller  # of the text, whose results come at its end
+    return everything
 
 
 def _described(smaller: dict[str, Any]) -> str:
     budget = str(smaller.get("vram", ""))
-    return f"a budget of {int(budget) / 1e9:.2f} GB" if budget.isdigit() else "a smaller plan"
+    if budget.isdigit():
+        return f"a budget of {int(budget) / 1e9:.2f} GB"
+    return "the CPU" if smaller.get("device") == "cpu" else "a smaller plan"

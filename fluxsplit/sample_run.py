@@ -68,8 +68,7 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
         text_stage = stack.enter_context(StageProcess("text")) if places else None
         sample_stage = stack.enter_context(StageProcess("sample"))
         if text_stage is not None:
-            text_stage.submit(_text_job(plan, places))
-            for event in text_stage.events():
+            for event in events_with_retry(text_stage, _text_job(plan, places), progress.note):
                 if event["event"] != "result":
                     progress.show(event)
         job = _sample_job(plan, ready | places)
@@ -114,6 +113,7 @@ def _text_job(plan: Plan, places: dict[str, str]) -> TextJob:
         files.t5_tokenizer,
         files.clip_tokenizer,
         plan.device,
+        plan.vram,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fluxsplit.device import device_name
-from fluxsplit.errors import FluxsplitError, ends_all
+from fluxsplit.errors import FluxsplitError, ends_all, is_out_of_memory
 from fluxsplit.events import Events
 
 
@@ -23,14 +24,23 @@ class Failures:
 
     @contextmanager
     def told_of(self, path: str) -> Iterator[None]:
-        """A failure inside is that of one file, unless it ends everything."""
+        """A failure inside is that of one file, unless it ends everything. So is one of the driver's, as MIOpen's."""
         try:
             yield
         except FluxsplitError as error:
             if ends_all(error):
                 raise
-            self.count += 1
-            self.events.send("failed", item=path, message=error.message, hint=error.hint)
+            self._tell(path, error)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            said = (str(error).splitlines() or [""])[0][:200]
+            known = FluxsplitError(f"{Path(path).name}: {type(error).__name__}: {said}", "run it again with --debug")
+            self._tell(path, known, traceback.format_exc())
+
+    def _tell(self, path: str, error: FluxsplitError, trace: str = "") -> None:
+        self.count += 1
+        self.events.send("failed", item=path, message=error.message, hint=error.hint, traceback=trace)
 
 
 def tell_planned(

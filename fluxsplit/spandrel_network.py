@@ -48,7 +48,7 @@ def build_network(name: str, state: StateDict) -> Any:
     except unknown:
         keys = ", ".join(key[:60] for key in list(values)[:3])
         raise FluxsplitError(
-            f"{name} holds no upscaler that spandrel knows; its tensors are {keys}, ...", "name another --model"
+            f"{name} holds no upscaler that spandrel knows; its tensors are {keys}, ...", "name another --upscale"
         ) from None
     except Exception as error:  # spandrel builds by what the names and shapes say, and fails in as many ways
         detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -92,8 +92,9 @@ def _foretell(job: DecodeJob, events: Events) -> None:
         with failures.told_of(path):
             for latent in read_latents(path):
                 height, width = latent.shape[-2:]
-                plan = f"{session.dtype}, in tiles of {job.tile} pixels"
-                if not job.tile:
+                if job.tile:
+                    plan = session.tile_plan(height, width, job.tile).text()
+                else:
                     plan = session.decode_plan(height, width).text()
                 size = width * session.vae.shape.factor, height * session.vae.shape.factor
                 tell_planned(events, path, _target(job, latent), size, session.device, plan)
@@ -132,6 +133,7 @@ def _decode(
         dtype=dtype,
         device=device_name(session.device),
         parent=metadata.Parent(*parent) if parent is not None and parent[0] else None,
+        retried=job.retried,
     )
     texts = metadata.png_text_chunks(record, latent.foreign)
     png = metadata.encode_png(pixels.numpy().tobytes(), width, height, texts)

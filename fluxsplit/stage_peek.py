@@ -3,6 +3,9 @@
 madebyollin's TAEF1 comes as a bare decoder (`taef1_decoder`, layers numbered from the clamp, which has no weights) and
 as diffusers' AutoencoderTiny (`decoder.layers.N`, without the clamp in the count). It takes latents as the transformer
 sees them.
+
+A peek is to be small. TAEF1 holds 1.2 KB for each pixel it makes, 3.7 GB for 2048x1536, so that latents of larger
+pictures are averaged down to `MAX_SIDE` first.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from fluxsplit import durable
 from fluxsplit.device import pick_device
@@ -26,6 +30,8 @@ from fluxsplit.recipe import LATENT_CHANNELS, WeightsStamp
 from fluxsplit.single_files import Failures
 from fluxsplit.state_dict import StateDict, read_state_dict
 
+MAX_SIDE = 96
+"""Of latents that TAEF1 decodes: 768 pixels."""
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -70,12 +76,23 @@ def _diffusers_name(key: str) -> str:
     return key.removeprefix("decoder.")
 
 
+def _small(latents: torch.Tensor) -> torch.Tensor:
+    """Latents [1, 16, h, w], neither side above `MAX_SIDE`."""
+    height, width = latents.shape[2:]
+    longer = max(height, width)
+    if longer <= MAX_SIDE:
+        return latents
+    size = [max(1, round(side * MAX_SIDE / longer)) for side in (height, width)]
+    return F.interpolate(latents, size=size, mode="area")
+
+
 @torch.inference_mode()
 def _draw(
     decoder: torch.nn.Module, latent: LatentFile, job: PeekJob, stamp: WeightsStamp, device: torch.device
 ) -> Path:
     vae_space = torch.frombuffer(bytearray(latent.payload), dtype=torch.float32).view(latent.shape)
-    decoded: torch.Tensor = decoder(LatentSpace().to_model(vae_space).to(device))[0]  # [3, 8h, 8w] in -1..1
+    small = _small(LatentSpace().to_model(vae_space))
+    decoded: torch.Tensor = decoder(small.to(device))[0]  # [3, 8h, 8w] in -1..1
     if not bool(decoded.isfinite().all()):
         raise FluxsplitError(f"{stamp.name} gave NaN or infinity")
     levels = ((decoded.clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()

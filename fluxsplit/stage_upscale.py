@@ -12,9 +12,9 @@ from PIL import Image
 
 from fluxsplit import durable, metadata, picture_file
 from fluxsplit.beside import thread_beside
-from fluxsplit.device import DTYPE_NAMES, device_info, has_fast_bf16, pick_device
+from fluxsplit.device import DTYPE_NAMES, device_info, has_fast_bf16, keep_within, pick_device
 from fluxsplit.device import DTYPES as TORCH_DTYPES
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.errors import DoesNotFit, FluxsplitError
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_stamp
 from fluxsplit.jobs import UpscaleJob
@@ -23,7 +23,7 @@ from fluxsplit.metadata import UpscalerStamp
 from fluxsplit.picture_file import Picture
 from fluxsplit.recipe import WeightsStamp
 from fluxsplit.single_files import Failures, tell_planned
-from fluxsplit.tiles import largest_tile
+from fluxsplit.tiles import SMALLEST_TILE_PX, largest_tile, smallest_bytes
 from fluxsplit.upscale import Tiling, Upscaler, enlarge, tile_count
 
 MAX_OUTPUT_PIXELS = 1 << 30
@@ -35,6 +35,8 @@ class _Run:
     job: UpscaleJob
     network: Upscaler
     stamp: Future[WeightsStamp]
+    budget_bytes: int
+    """Of a card for weights and tiles; on a CPU for tiles and the picture itself."""
     events: Events
 
 
@@ -42,11 +44,15 @@ def run(job: UpscaleJob, events: Events) -> None:
     """Enlarge `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
     device = pick_device(job.device)
     with thread_beside() as hashing:
+        budget = budget_bytes(job.vram, device_info(device))
+        if device.type != "cpu":
+            keep_within(budget, device)
         network = _loaded(job, device)
         stamp = hashing.submit(weights_stamp, job.weights)
-        here = _Run(job, network, stamp, events)
+        here = _Run(job, network, stamp, budget, events)
         if job.published_sha256 and stamp.result().sha256 != job.published_sha256:
-            events.send("note", text=f"{network.name} is not the file that Real-ESRGAN published under this name")
+            text = f"{network.name} is not the file that Real-ESRGAN published under this name; --fetch gets that"
+            events.send("note", text=text)
         if job.dry_run:
             _foretell(here)
             return
@@ -64,8 +70,7 @@ def _foretell(here: _Run) -> None:
         with failures.told_of(path):
             picture = picture_file.read_picture(path)
             width, height = _target(job, network, picture)
-            tiles = tile_count(network, picture.width, picture.height, _tiling(here, picture))
-            plan = f"{network.name}, {DTYPE_NAMES[network.dtype]}, {tiles} tile{'s' * (tiles > 1)}"
+            plan = _planned(here, picture).text
             target = _place(job, path, _factor(job, picture, width))
             tell_planned(here.events, path, target, (width, height), network.device, plan)
 
@@ -91,14 +96,16 @@ def _upscale(here: _Run, path: str, number: int) -> None:
     job, network, events = here.job, here.network, here.events
     picture = picture_file.read_picture(path)
     width, height = _target(job, network, picture)
-    tiling = _tiling(here, picture)
+    plan = _planned(here, picture)
+    again = None if plan.is_smallest else {"smaller": job.smaller + 1}
+    events.send("plan", text=plan.text, smaller=again)
     factor = _factor(job, picture, width)
 
     def on_tile(done: int, total: int) -> None:
         events.send("upscale", image=number, images=len(job.images), done=done, total=total)
 
     asked = network.dtype
-    levels = enlarge(network, _pixels(picture), tiling, on_tile)
+    levels = enlarge(network, _pixels(picture), plan.tiling, on_tile)
     if network.dtype != asked:
         events.send("note", text=f"{Path(path).name} was computed in fp32: {DTYPE_NAMES[asked]} gave NaN or infinity")
     image = picture_file.resized(Image.fromarray(levels.numpy()), width, height)
@@ -142,19 +149,44 @@ def _target(job: UpscaleJob, network: Upscaler, picture: Picture) -> tuple[int, 
     return width, height
 
 
-def _tiling(here: _Run, picture: Picture) -> Tiling:
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How one picture is enlarged."""
+
+    tiling: Tiling
+    text: str
+    """For people."""
+    is_smallest: bool
+
+
+def _planned(here: _Run, picture: Picture) -> _Plan:
+    """The tiles for a picture; raises DoesNotFit where the budget does not hold even the smallest."""
     job, network = here.job, here.network
+    width, height, pixel_bytes = picture.width, picture.height, network.planned_bytes(1, 1)
+    beside = network.picture_bytes(width, height) if network.device.type == "cpu" else _reserved_bytes(network)
     if job.tile is not None:
-        return Tiling(job.tile)
-    side = largest_tile(
-        picture.width, picture.height, network.planned_bytes(1, 1), _budget_bytes(job, network), network.alignment
-    )
-    return Tiling(side)
+        side = job.tile and max(SMALLEST_TILE_PX, job.tile >> job.smaller)
+        least = False
+    else:
+        need, room = beside + smallest_bytes(width, height, pixel_bytes), here.budget_bytes
+        if need > room:
+            raise DoesNotFit(
+                f"{network.name} needs {need / 1e6:,.1f} MB for {width}x{height} even in the smallest tiles, "
+                f"and {room / 1e6:,.1f} MB may be used",
+                f"give --vram {-(-need // 1_000_000)}M or more",
+            )
+        room = (room - beside) >> 2 * job.smaller
+        side = largest_tile(width, height, pixel_bytes, room, network.alignment)
+        least = 0 < side <= SMALLEST_TILE_PX
+    tiles = tile_count(network, width, height, Tiling(side))
+    shown, area = ("1 tile", width * height) if tiles == 1 else (f"{tiles} tiles of {side} pixels", side * side)
+    peak = f"peak {(beside + area * pixel_bytes) / 1e9:.2f} GB"
+    return _Plan(Tiling(side), f"{network.name}, {DTYPE_NAMES[network.dtype]}, {shown}, {peak}", least)
 
 
-def _budget_bytes(job: UpscaleJob, network: Upscaler) -> int:
-    """What tiles may take of the device, its weights being there already."""
-    return budget_bytes(job.vram, device_info(network.device))
+def _reserved_bytes(network: Upscaler) -> int:
+    """What the network's weights take of a card."""
+    return torch.cuda.memory_allocated(network.device)
 
 
 def _pixels(picture: Picture) -> torch.Tensor:

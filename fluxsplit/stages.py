@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 
-from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError, OutOfMemory, is_out_of_memory
+from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError, OutOfMemory, is_out_of_memory, memory_hint
 from fluxsplit.events import Events, read_job
 from fluxsplit.jobs import STAGES, job_from_json
 
@@ -57,7 +57,7 @@ def as_error(error: BaseException, stage: str) -> FluxsplitError:
     text = str(error)
     if is_out_of_memory(error):
         detail = text.splitlines()[0][:300] if text else "memory ran out"
-        return OutOfMemory(f"the {stage} stage ran out of memory: {detail}", "try a smaller --size, or --device cpu")
+        return OutOfMemory(f"the {stage} stage ran out of memory: {detail}", memory_hint(stage))
     return FluxsplitError(
         f"the {stage} stage failed: {type(error).__name__}: {text[:300]}", "run it again with --debug"
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fluxsplit import places
 from fluxsplit.errors import FluxsplitError, ModelFileMissing
 from fluxsplit.executor import run_stage
 from fluxsplit.jobs import PeekJob, absolute
+from fluxsplit.latents import read_latents
+from fluxsplit.peek import write_peek
 from fluxsplit.progress import Progress
 from fluxsplit.state_dict import SUFFIXES
 
@@ -42,11 +45,22 @@ def peek_beside(latents: Sequence[str], weights: str, device: str, progress: Pro
     """Write a peek beside each latent; what cannot be drawn is noted, since the latents themselves are there."""
     if not latents:
         return
+    left = list(latents)
     try:
         for event in run_stage("peek", PeekJob(tuple(latents), weights, device)):
             if event["event"] == "failed":
                 progress.note(f"no preview: {event['message']}")
             elif event["event"] == "decode":
                 progress.show(event)
+                left = list(latents[int(event["done"]) :])
     except FluxsplitError as error:
-        progress.note(f"no previews: {error.message}")
+        progress.note(of_no_use(weights, error))
+        for path in left:
+            with suppress(FluxsplitError):  # the next latent will say so
+                for latent in read_latents(path):
+                    write_peek(latent, Path(path).parent, latent.stem)
+
+
+def of_no_use(weights: str, error: FluxsplitError) -> str:
+    """A line for the person."""
+    return f"{Path(weights).name} is of no use here, so the linear map draws: {error.message}"

@@ -24,6 +24,7 @@ from fluxsplit.errors import FluxsplitError
 from fluxsplit.lean_import import without
 from fluxsplit.loading import EveryBlockThere, Loader
 from fluxsplit.stored_layers import fill
+from fluxsplit.text_plan import SCRATCH_BYTES
 from fluxsplit.weights import WeightFiles
 
 try:
@@ -38,8 +39,6 @@ T5_END, T5_PAD = 1, 0
 CLIP_L_HEAD = 64
 """Width of a head of CLIP-L; the file does not tell."""
 MAX_TOKENS = 8192
-SCRATCH_BYTES = 32 << 20
-"""Of a matrix expanded to fp32 at once; T5-XXL's largest would be 168 MB, a quarter of what encoding needs."""
 
 
 def _ignore(done: int, total: int) -> None:
@@ -50,14 +49,32 @@ def _is_weighted(tokens: Sequence[prompts.Token]) -> bool:
     return any(token.weight != 1 for token in tokens)
 
 
+class T5Tokens:
+    """What prompts are to T5."""
+
+    def __init__(self, part: Part, tokenizer: str) -> None:
+        """For the encoder in `part` (kind `t5`); `tokenizer` is the path of its tokenizer.json."""
+        self._tokenizer = Tokenizer.from_file(tokenizer)
+        self._min_tokens = int(part.config.get("min_length", T5_MIN_TOKENS))
+
+    def of(self, prompt: str) -> list[prompts.Token]:
+        """The tokens of a prompt, padded to the minimum length; raises FluxsplitError for over `MAX_TOKENS`."""
+        tokens = prompts.t5_tokens(prompt, self._ids, T5_END, T5_PAD, self._min_tokens)
+        if len(tokens) > MAX_TOKENS:
+            raise FluxsplitError(f"the prompt has {len(tokens)} tokens, the most is {MAX_TOKENS}", "shorten it")
+        return tokens
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids[:-1]
+
+
 class T5:
     """A T5 encoder with its weights and tokenizer."""
 
-    def __init__(self, part: Part, tokenizer: str, files: WeightFiles, device: torch.device) -> None:
-        """Build from `part` (kind `t5`); `tokenizer` is the path of its tokenizer.json."""
-        self._tokenizer = Tokenizer.from_file(tokenizer)
-        self._min_tokens = int(part.config.get("min_length", T5_MIN_TOKENS))
-        self._device = device
+    def __init__(self, part: Part, tokens: T5Tokens, files: WeightFiles, device: torch.device) -> None:
+        """Build from `part` (kind `t5`)."""
+        self._tokens, self.device = tokens, device
         with torch.device("meta"):
             self._model = T5EncoderModel(T5Config(**_t5_dimensions(part)))
         # one table under two names: filled once, then tied by hand (transformers 5 may not, transformers#48154)
@@ -72,7 +89,7 @@ class T5:
 
         Emphasised tokens are moved away from those of an empty prompt. `on_block` is told blocks done and their number.
         """
-        tokens = [self._tokens(text) for text in texts]
+        tokens = [self._tokens.of(text) for text in texts]
         ids = [tuple(token.id for token in line) for line in tokens]
         empties = {len(line): (T5_END, *[T5_PAD] * (len(line) - 1)) for line in tokens if _is_weighted(line)}
         wanted = list(dict.fromkeys([*ids, *empties.values()]))
@@ -82,24 +99,14 @@ class T5:
             for own, line in zip(ids, tokens, strict=True)
         ]
 
-    def _tokens(self, prompt: str) -> list[prompts.Token]:
-        tokens = prompts.t5_tokens(prompt, self._ids, T5_END, T5_PAD, self._min_tokens)
-        if len(tokens) > MAX_TOKENS:
-            raise FluxsplitError(f"the prompt has {len(tokens)} tokens, the most is {MAX_TOKENS}", "shorten it")
-        return tokens
-
     def _moved(self, states: torch.Tensor, empty: torch.Tensor, tokens: Sequence[prompts.Token]) -> torch.Tensor:
-        weights = torch.tensor([token.weight for token in tokens], device=self._device)[:, None]
+        weights = torch.tensor([token.weight for token in tokens], device=self.device)[:, None]
         return torch.where(weights != 1, empty + (states - empty) * weights, states)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids[:-1]
 
     def _run(self, lines: Sequence[tuple[int, ...]], on_block: Callable[[int, int], None]) -> list[torch.Tensor]:
         """The encoder over each line of token ids, a batch of one each (`T5Stack.forward` of transformers)."""
         encoder = self._model.encoder
-        states = [self._model.shared(torch.tensor([line], device=self._device)) for line in lines]
+        states = [self._model.shared(torch.tensor([line], device=self.device)) for line in lines]
         biases: dict[int, torch.Tensor] = {}  # by length: of relative positions, made by the first block for all
         for number, block in enumerate(self.blocks):
             with self.loader.brought_in(number):

@@ -73,12 +73,18 @@ def cut(length: int, tile: int, overlap: int, multiple: int = 1) -> list[Span]:
 def largest_tile(width: int, height: int, pixel_bytes: float, budget_bytes: int, multiple: int = 1) -> int:
     """The side of the largest square tile that the budget holds, or 0 where it holds the whole picture.
 
-    `pixel_bytes` is what the network holds at its peak for each pixel that goes in.
+    `pixel_bytes` is what the network holds at its peak for each pixel that goes in. Where not even the smallest tile
+    fits, that one's side: `smallest_bytes` is for whoever wants to know before.
     """
     if width * height * pixel_bytes <= budget_bytes:
         return 0
     side = math.isqrt(max(0, int(budget_bytes / pixel_bytes))) // multiple * multiple
     return max(SMALLEST_TILE_PX, side)
+
+
+def smallest_bytes(width: int, height: int, pixel_bytes: float) -> int:
+    """What the smallest tile of a picture takes."""
+    return math.ceil(min(width, SMALLEST_TILE_PX) * min(height, SMALLEST_TILE_PX) * pixel_bytes)
 
 
 def smaller_tile(width: int, height: int, tile: int) -> int:

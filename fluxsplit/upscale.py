@@ -16,15 +16,17 @@ import torch.nn.functional as F
 
 from fluxsplit.alive_bytes import peak_pixel_bytes
 from fluxsplit.device import DTYPE_NAMES, exact_fp32
-from fluxsplit.errors import FluxsplitError, OutOfMemory, UsageError
+from fluxsplit.errors import FluxsplitError, OutOfMemory, UsageError, is_out_of_memory
 from fluxsplit.spandrel_network import alignment_of, build_network
 from fluxsplit.state_dict import read_state_dict
 from fluxsplit.tiles import OVERLAP_PX, Span, cut, smaller_tile
 
 WORKSPACE = {"cpu": 2.2, "cuda": 1.5}
 """What is taken with what convolution libraries want, as a multiple of the tensors alive. On a CPU oneDNN keeps its own
-copies of input and output (scripts/bench_upscale.py); for graphics cards the figure is assumed, not measured."""
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+copies of input and output (scripts/bench_upscale.py); small networks stayed within a card's on an H200."""
+PICTURE_BYTES, RESULT_BYTES = 32, 10
+"""Of a pixel: three channels as they came and twice in fp32, the second time mirrored at the ends; of one of the result
+three channels as levels, as Pillow's, and compressed."""
 TileDone = Callable[[int, int], None]
 StoredWeights = dict[str, torch.Tensor]
 
@@ -86,6 +88,10 @@ class Upscaler:
         """What computing a tile of this size takes beside the weights, in the present dtype."""
         return width * height * self.pixel_bytes * self.dtype.itemsize / 4 * WORKSPACE[self.device.type]
 
+    def picture_bytes(self, width: int, height: int) -> int:
+        """RAM for the picture itself while it is enlarged: as it came, in fp32, enlarged, and as a file."""
+        return width * height * (PICTURE_BYTES + RESULT_BYTES * self.scale**2)
+
     @torch.inference_mode()
     def apply(self, pixels: torch.Tensor) -> torch.Tensor:
         """fp32 [3, h, w] on the CPU → fp32 [3, scale * h, scale * w] on the CPU; raises NotFinite.
@@ -112,16 +118,22 @@ def enlarge(network: Upscaler, pixels: torch.Tensor, tiling: Tiling, on_tile: Ti
     computed again in fp32. Raises OutOfMemory where the smallest tile does not fit either, NotFinite where fp32
     does not help.
     """
+    height, width = (side * network.scale for side in pixels.shape[1:])
+    levels = torch.empty((height, width, 3), dtype=torch.uint8)
     while True:
         try:
-            strips = [_levels(strip) for strip in enlarged_strips(network, pixels, tiling, on_tile)]
-            return torch.cat(strips, dim=1).permute(1, 2, 0).contiguous()
+            start = 0
+            for strip in enlarged_strips(network, pixels, tiling, on_tile):
+                stop = start + strip.shape[1]
+                levels[start:stop] = _levels(strip).permute(1, 2, 0)
+                start = stop
+            return levels
         except NotFinite:
             if network.dtype == torch.float32:
                 raise
             network.compute_in(torch.float32)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             tiling = _after_out_of_memory(network, pixels, tiling, error)
         _give_back(network.device)
@@ -217,11 +229,6 @@ def _padded(pixels: torch.Tensor, multiple: int) -> torch.Tensor:
     padded = F.pad(pixels[None], mirrored, "reflect")
     rest = (0, more_columns - mirrored[1], 0, more_rows - mirrored[3])
     return F.pad(padded, rest, "replicate")[0]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in _MEMORY_WORDS)
 
 
 def _give_back(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fluxsplit import places
 from fluxsplit.download import download
 from fluxsplit.errors import ModelFileMissing
-from fluxsplit.fingerprint import cache_folder
+from fluxsplit.fingerprint import cache_folder, file_sha256
 from fluxsplit.jobs import absolute
 from fluxsplit.state_dict import SUFFIXES
 
@@ -101,8 +101,8 @@ class Chosen:
 def choose(wanted: str, comfyui: Path | None, fetch: bool, on_bytes: Callable[[str, int, int], None]) -> Chosen:
     """The file that `wanted` means: 2, 4, a name of `PUBLISHED`, a file's name in ComfyUI's folders, or a path.
 
-    With `fetch`, a published file that is nowhere is downloaded; `on_bytes` is told name, done and total. Raises
-    ModelFileMissing, saying where it looked.
+    With `fetch`, a published file that is nowhere as it was published is downloaded; `on_bytes` is told name, done and
+    total. Raises ModelFileMissing, saying where it looked.
     """
     if wanted in ("2", "4"):
         return _by_number(int(wanted), comfyui, fetch, on_bytes)
@@ -112,7 +112,7 @@ def choose(wanted: str, comfyui: Path | None, fetch: bool, on_bytes: Callable[[s
     published = known(wanted)
     names = (published.file,) if published else (wanted, *(wanted + suffix for suffix in SUFFIXES))
     found = find(names, comfyui)
-    if found is not None:
+    if found is not None and not (fetch and published and file_sha256(found) != published.sha256):
         return Chosen(absolute(found), 0, published)
     if published and fetch:
         return Chosen(str(_fetched(published, on_bytes)), 0, published)
@@ -124,7 +124,7 @@ def _by_number(number: int, comfyui: Path | None, fetch: bool, on_bytes: Callabl
     for published in candidates:
         assert published is not None
         found = find((published.file,), comfyui)
-        if found is not None:
+        if found is not None and not (fetch and file_sha256(found) != published.sha256):
             note = f"no {number}x weights found: {found.name}, then halved" if published.scale > number else ""
             return Chosen(absolute(found), number, published, note)
     best = candidates[0]

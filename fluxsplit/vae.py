@@ -148,6 +148,8 @@ class Vae:
 def load_vae(part: Part, files: WeightFiles, device: torch.device) -> Vae:
     """The VAE in `part`; raises FluxsplitError where its parameters are not those of a 16-channel AutoencoderKL."""
     exact_fp32()
+    for path in {source.path for source in part.sources.values()}:
+        files.open(path)  # now, so that what is done to it from now on is noticed
     shape = _shape(part)
     wanted = parameter_shapes((*passes_of_decoder(shape, 8, 8), *passes_of_encoder(shape, 64, 64)))
     channels = shape.latent_channels

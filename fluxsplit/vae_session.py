@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import torch
 from fluxsplit import checkpoint
 from fluxsplit.decode_plan import VaePlan, picture_size, plan_vae
 from fluxsplit.device import device_info, keep_within, pick_device, pick_vae_dtype_name
-from fluxsplit.errors import FluxsplitError, OutOfMemory
+from fluxsplit.errors import FluxsplitError, OutOfMemory, is_out_of_memory, memory_hint
 from fluxsplit.events import Events
 from fluxsplit.group_norm import NotFinite
 from fluxsplit.memory import budget_bytes
 from fluxsplit.planes import spill_folder
+from fluxsplit.tile_plan import TilePlan, plan_tiles
 from fluxsplit.tiled_vae import TiledVae
 from fluxsplit.vae import Advance, load_vae
 from fluxsplit.vae_passes import Pass
@@ -33,7 +35,8 @@ class VaeSession:
     def __init__(self, weights: str, device: str, dtype: str, vram: str, smaller: int, events: Events) -> None:
         """`weights` is the file, `smaller` how many times a plan ran out of memory before."""
         self.device = pick_device(device)
-        self.vae = load_vae(checkpoint.part(weights, "vae"), WeightFiles(), self.device)
+        self._files = WeightFiles()
+        self.vae = load_vae(checkpoint.part(weights, "vae"), self._files, self.device)
         self.dtype = pick_vae_dtype_name(dtype, self.device)
         self._vram, self._smaller, self._events = vram, smaller, events
         self._again = bool(smaller)
@@ -47,7 +50,7 @@ class VaeSession:
         FluxsplitError where the picture is not finite in fp32 either.
         """
         if tile:
-            return self._in_some_dtype(lambda dtype: self._tile_decoder(dtype).decode(latents, tile))
+            return self._in_some_dtype(lambda dtype: self._tiled_in(dtype, latents, tile))
         passes = self.vae.decoder_passes(latents.shape[2], latents.shape[3])
         return self._planned(passes, lambda plan: self.vae.decode(latents, plan, advance, self._folder))
 
@@ -60,6 +63,13 @@ class VaeSession:
         """How latents of this size would be decoded in strips now; raises FluxsplitError where no plan fits."""
         return self._fitting(self.vae.decoder_passes(height, width), self.dtype)[0]
 
+    def tile_plan(self, height: int, width: int, tile: int, dtype: str = "") -> TilePlan:
+        """How latents of this size would be decoded in tiles now; raises DoesNotFit."""
+        info, factor = device_info(self.device), self.vae.shape.factor
+        parameters = sum(math.prod(source.shape) for source in self.vae.part.sources.values())
+        budget = budget_bytes(self._vram, info, again=self._again)
+        return plan_tiles((width * factor, height * factor), tile, dtype or self.dtype, parameters, info, budget)
+
     def encode_plan(self, height: int, width: int) -> VaePlan:
         """How a picture of this size in pixels would be encoded now; raises as `decode_plan` does."""
         return self._fitting(self.vae.encoder_passes(height, width), self.dtype)[0]
@@ -70,12 +80,12 @@ class VaeSession:
             try:
                 return carry_out(plan)
             except (MemoryError, RuntimeError) as error:
-                if not _is_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 detail = (str(error).splitlines() or ["memory ran out"])[0][:200]
                 raise OutOfMemory(
                     f"the VAE ran out of memory as planned ({plan.text()}): {detail}",
-                    "close other programs, or give --vram less",
+                    memory_hint("decode"),
                 ) from error
 
         return self._in_some_dtype(attempt)
@@ -85,6 +95,7 @@ class VaeSession:
         self._again = True
         if self.device.type != "cpu":
             keep_within(budget, self.device)
+        self._events.send("plan", text=plan.text(), smaller={"smaller": self._smaller + 1})
         if plan.home != "device":
             width, height = picture_size(passes)
             self._events.send("note", text=f"VAE for {width}x{height} pixels: {plan.text()}")
@@ -98,16 +109,24 @@ class VaeSession:
 
     def _in_some_dtype(self, attempt: Callable[[str], T]) -> tuple[T, str]:
         """The result in the session's dtype, or in fp32 where it is not finite in that."""
-        try:
-            return attempt(self.dtype), self.dtype
-        except NotFinite as error:
-            if self.dtype == "fp32":
-                raise _hopeless(error) from error
-            self._events.send("note", text=f"{error.message} in {self.dtype}; trying again in fp32")
-        try:
-            return attempt("fp32"), "fp32"
-        except NotFinite as error:
-            raise _hopeless(error) from error
+        for dtype in dict.fromkeys((self.dtype, "fp32")):
+            try:
+                result = attempt(dtype)
+            except NotFinite as error:
+                self._files.check_unchanged()  # if it was changed, that is why
+                if dtype == "fp32":
+                    raise _hopeless(error) from error
+                self._events.send("note", text=f"{error.message} in {dtype}; trying again in fp32")
+                continue
+            self._files.check_unchanged()
+            return result, dtype
+        raise AssertionError("fp32 returns or raises")
+
+    def _tiled_in(self, dtype: str, latents: torch.Tensor, tile: int) -> torch.Tensor:
+        if not self._tiled:  # its weights are counted in the plan, and are there afterwards
+            plan = self.tile_plan(latents.shape[2], latents.shape[3], tile, dtype)
+            self._events.send("plan", text=plan.text(), smaller=None)
+        return self._tile_decoder(dtype).decode(latents, tile)
 
     def _tile_decoder(self, dtype: str) -> TiledVae:
         if dtype not in self._tiled:
@@ -118,10 +137,6 @@ class VaeSession:
 def _hopeless(error: NotFinite) -> FluxsplitError:
     hint = "the latents or the VAE's weights are damaged, or not of the same model"
     return FluxsplitError(f"{error.message}, in fp32 too", hint)
-
-
-def _is_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error).lower()
 
 
 def teller(events: Events, number: int, total: int, event: str = "decode") -> Advance:

@@ -41,7 +41,7 @@ from fluxsplit.recipe import Recipe, WeightsStamp
 from fluxsplit.schedule import from_sigma, sigmas
 from fluxsplit.start import NoiseGrid, Start
 from fluxsplit.starting_point import starting_point
-from fluxsplit.text import T5, Clip
+from fluxsplit.text import T5, Clip, T5Tokens
 from fluxsplit.transformer import Flux
 from fluxsplit.vae_session import VaeSession
 from fluxsplit.weights import WeightFiles
@@ -128,7 +128,8 @@ class Model:
         self.config = checkpoint.describe(files.transformer).config
         self.space: LatentSpace = latent_space(self.config.get("vae", {}))
         self.vae = VaeSession(files.vae or files.transformer, "cpu", "fp32", "auto", 0, Silent())  # type: ignore[arg-type]
-        self._t5 = T5(checkpoint.part(files.text_encoder, "t5"), files.t5_tokenizer, WeightFiles(), cpu)
+        part = checkpoint.part(files.text_encoder, "t5")
+        self._t5 = T5(part, T5Tokens(part, files.t5_tokenizer), WeightFiles(), cpu)
         self._clip = Clip(checkpoint.part(files.clip, "clip"), files.clip_tokenizer, WeightFiles(), cpu)
         self.sha256 = file_sha256(files.transformer)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -64,6 +65,9 @@ def main() -> None:
 
 def text(job: TextJob) -> tuple[int, int]:
     """Conditioning files that hold the prompt alone."""
+    say("plan", text="a card", smaller=None if job.device == "cpu" else {"device": "cpu"})
+    if os.environ.get("FAKE_FAIL") == "text is killed" and job.device != "cpu":
+        os.kill(os.getpid(), signal.SIGKILL)
     for prompt, output in zip(job.prompts, job.outputs, strict=True):
         Path(output).write_text(prompt)
         say("result", path=output)
@@ -98,6 +102,9 @@ def decode(job: DecodeJob) -> tuple[int, int]:
     """Small black pictures."""
     Path(job.out).mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(job.latents):
+        _tell_plan(job.smaller)
+        if os.environ.get("FAKE_FAIL") == "decode is always killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         recipe = read_latents(path)[0].recipe
         picture = Path(job.out) / f"{Path(path).stem}.png"
         picture.write_bytes(encode_png(bytes(3 * 8 * 8), 8, 8, {}))
@@ -110,6 +117,7 @@ def decode(job: DecodeJob) -> tuple[int, int]:
 def encode(job: EncodeJob) -> tuple[int, int]:
     """Latents of zeros."""
     for number, path in enumerate(job.images):
+        _tell_plan(job.smaller)
         written = write_latent(job.out, Path(path).stem, bytes(4 * 16 * 4), (1, 16, 2, 2), None, format=job.format)
         say("result", path=str(written), recipe=None)
         say("encode", done=number + 1, total=len(job.images))
@@ -117,8 +125,14 @@ def encode(job: EncodeJob) -> tuple[int, int]:
     return len(job.images), 0
 
 
+def _tell_plan(smaller: int) -> None:
+    say("plan", text=f"plan {smaller}", smaller={"smaller": smaller + 1})
+
+
 def _fail_at_the_second(stage: str, smaller: int) -> None:
-    fails = os.environ.get("FAKE_FAIL")
+    fails = os.environ.get("FAKE_FAIL", "")
+    if fails == f"{stage} is killed at the second" and not smaller:
+        os.kill(os.getpid(), signal.SIGKILL)
     if fails == f"{stage} ends at the second" or (fails == f"{stage} out of memory at the second" and not smaller):
         say("error", exit_code=4 if "memory" in fails else 1, message="no room", hint="smaller --size", traceback="")
         sys.exit()
@@ -127,7 +141,10 @@ def _fail_at_the_second(stage: str, smaller: int) -> None:
 def upscale(job: UpscaleJob) -> tuple[int, int]:
     """Larger pictures that hold nothing."""
     for number, path in enumerate(job.images):
+        _tell_plan(job.smaller)
         say("upscale", image=number, images=len(job.images), done=1, total=1)
+        if number:
+            _fail_at_the_second("upscale", job.smaller)
         picture = Path(job.out or Path(path).parent) / f"{Path(path).stem}-large.png"
         picture.write_bytes(b"")
         say("result", path=str(picture), recipe=None)

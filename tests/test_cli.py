@@ -302,21 +302,46 @@ def test_out_of_memory_exits_with_4(run: Run, monkeypatch: pytest.MonkeyPatch, s
     assert debug.code == 4
 
 
-@pytest.mark.parametrize("stage", ["decode", "encode"])
-def test_a_vae_that_ran_out_of_memory_goes_on_with_a_smaller_plan(
-    run: Run, monkeypatch: pytest.MonkeyPatch, home: Path, stage: str
+@pytest.mark.parametrize("how", ["out of memory", "is killed"])
+@pytest.mark.parametrize("stage", ["decode", "encode", "upscale"])
+def test_what_ran_out_of_memory_goes_on_with_a_smaller_plan(
+    run: Run, monkeypatch: pytest.MonkeyPatch, home: Path, stage: str, how: str
 ) -> None:
     latents = run("sample", "-p", "a", "--seed", "1..3").out
     pictures = [str(home / f"{n}.png") for n in range(3)]
     for picture in pictures:
         Path(picture).touch()
-    monkeypatch.setenv("FAKE_FAIL", f"{stage} out of memory at the second")
-    ran = run("decode", *latents) if stage == "decode" else run("encode", *pictures)
+    monkeypatch.setenv("FAKE_FAIL", f"{stage} {how} at the second")
+    ran = run("decode", *latents) if stage == "decode" else run(stage, *pictures)
     assert (ran.code, len(ran.out)) == (0, 3), ran.err
-    assert "no room" in ran.err and "smaller plan" in ran.err
+    why = "no room" if how == "out of memory" else f"the {stage} stage was killed, most likely by the system because"
+    assert why in ran.err and "its plan was plan 0; trying once more with a smaller plan" in ran.err
     first, second = (entry["job"] for entry in ran.log if entry["what"] == "job" and entry["stage"] == stage)
     items = "latents" if stage == "decode" else "images"
     assert (first["smaller"], second["smaller"]) == (0, 1) and second[items] == first[items][1:]
+    if stage == "decode":
+        assert (first["retried"], second["retried"]) == ("", "plan 0")
+
+
+def test_text_that_ran_out_of_memory_is_encoded_on_the_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "text is killed")
+    ran = run("sample", "-p", "a", "--vram", "2G")
+    assert ran.code == 0 and "its plan was a card; trying once more with the CPU" in ran.err
+    first, second = (entry["job"] for entry in ran.log if entry["what"] == "job" and entry["stage"] == "text")
+    assert (first["device"], first["vram"], second["device"]) == ("auto", "2G", "cpu")
+    there = run("sample", "-p", "a", "--device", "cpu")
+    assert there.code == 0
+
+
+def test_a_second_time_out_of_memory_tells_the_second_plan(
+    run: Run, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    (latent,) = run("sample", "-p", "a", "--seed", "1").out
+    monkeypatch.setenv("FAKE_FAIL", "decode is always killed")
+    ran = run("decode", latent)
+    assert ran.code == 4 and ran.err.splitlines()[-1].endswith(
+        "because memory ran out; its plan was plan 1; close other programs, or give less by --vram"
+    )
 
 
 def test_the_machine_settings_of_the_vae(run: Run) -> None:
@@ -395,7 +420,7 @@ def test_out_of_memory_is_tried_once_more_with_less(run: Run, monkeypatch: pytes
     monkeypatch.setenv("FAKE_FAIL", "sample out of memory once")
     ran = run("sample", "-p", "a", "--seed", "1..3")
     assert ran.code == 0 and len(ran.out) == 3
-    assert "no room; trying once more with a budget of 2.00 GB" in ran.err
+    assert "no room; its plan was a large plan; trying once more with a budget of 2.00 GB" in ran.err
     first, second = [e for e in ran.log if e["what"] == "job" and e["stage"] == "sample"]
     assert first["pid"] != second["pid"]
     assert [image["seed"] for image in second["job"]["images"]] == [2, 3]

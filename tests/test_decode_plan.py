@@ -135,7 +135,7 @@ def test_where_ram_is_the_cards_memory_both_count() -> None:
 
 
 def test_what_cannot_fit_says_what_it_needs() -> None:
-    with pytest.raises(OutOfMemory, match=r"4096x4096 in fp32 .* and 10 MB may be used"):
+    with pytest.raises(OutOfMemory, match=r"4096x4096 in fp32 .* and 10.0 MB may be used"):
         plan_vae(passes_of_decoder(FLUX, 512, 512), "fp32", 10_000_000, CPU)
 
 

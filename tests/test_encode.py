@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL  # noqa: F401  before our rooms, as conftest.py has it believe in accelerate
 from PIL import Image
 
 from fluxsplit import stage_decode, stage_encode
@@ -19,6 +22,7 @@ from fluxsplit.latents import read_latent, write_latent
 from fluxsplit.models import demo_files
 from fluxsplit.picture_file import read_picture
 from fluxsplit.recipe import LATENT_FORMATS, WeightsStamp
+from fluxsplit.vae_session import VaeSession
 
 
 class Recorder:
@@ -47,6 +51,77 @@ def drawn(width: int, height: int) -> Image.Image:
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     image.paste((200, 30, 40), (width // 4, height // 4, width // 2, height // 2))
     return image
+
+
+class Damaging(Recorder):
+    """Writes into a file once the first item has begun."""
+
+    def __init__(self, file: Path, at: str) -> None:
+        super().__init__()
+        self._file, self._at = file, at
+
+    def send(self, event: str, **fields: Any) -> None:
+        super().send(event, **fields)
+        if event == self._at and len(self.of(event)) == 1:
+            with self._file.open("r+b") as stream:
+                stream.seek(-64, os.SEEK_END)
+                stream.write(bytes(64))
+
+
+@pytest.mark.parametrize("tile", [0, 64])
+def test_no_picture_is_written_of_a_vae_that_changes_meanwhile(tmp_path: Path, tile: int) -> None:
+    vae = Path(shutil.copy(demo_files().vae, tmp_path / "vae.safetensors"))
+    latent = write_latent(tmp_path, "a", bytes(4 * 16 * 16 * 16), (1, 16, 16, 16), None)
+    recorder = Damaging(vae, "plan")
+    job = DecodeJob((str(latent),), str(vae), str(tmp_path / "out"), "cpu", tile=tile, delete_latents=True)
+    stage_decode.run(job, recorder)  # type: ignore[arg-type]
+    assert not recorder.of("result") and "was changed during the run" in recorder.of("failed")[0]["message"]
+    assert not (tmp_path / "out").exists() and latent.exists()
+
+
+def test_no_latent_is_written_of_a_vae_that_changes_meanwhile(tmp_path: Path) -> None:
+    vae = Path(shutil.copy(demo_files().vae, tmp_path / "vae.safetensors"))
+    drawn(64, 64).save(tmp_path / "a.png")
+    recorder = Damaging(vae, "plan")
+    stage_encode.run(EncodeJob((str(tmp_path / "a.png"),), str(vae), str(tmp_path / "out"), "cpu"), recorder)  # type: ignore[arg-type]
+    assert not recorder.of("result") and "was changed during the run" in recorder.of("failed")[0]["message"]
+
+
+def test_an_error_of_the_driver_costs_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MIOpen's, which says nothing; memory that ran out ends the stage instead, for a smaller plan."""
+    names = tuple(str(write_latent(tmp_path, name, bytes(4 * 16 * 4), (1, 16, 2, 2), None)) for name in "abc")
+    whole = VaeSession.decode
+    raised: list[Exception] = []
+
+    def failing(self: VaeSession, *arguments: Any) -> Any:
+        if raised:
+            raise raised.pop()
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(VaeSession, "decode", failing)
+    raised.append(RuntimeError("miopenStatusUnknownError"))
+    recorder = Recorder()
+    stage_decode.run(DecodeJob(names, demo_files().vae, str(tmp_path / "out"), "cpu"), recorder)  # type: ignore[arg-type]
+    (failed,) = recorder.of("failed")
+    assert failed["item"] == names[0] and "miopenStatusUnknownError" in failed["message"]
+    assert "RuntimeError" in failed["traceback"] and len(recorder.of("result")) == 2
+    raised.append(torch.OutOfMemoryError("HIP out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        stage_decode.run(DecodeJob(names, demo_files().vae, str(tmp_path / "out"), "cpu"), Recorder())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("vram", ["300M", "10M"])
+def test_tiles_that_do_not_fit_are_refused_before_they_are_computed(tmp_path: Path, vram: str) -> None:
+    latent = write_latent(tmp_path, "a", bytes(4 * 16 * 128 * 128), (1, 16, 128, 128), None)
+    job = DecodeJob((str(latent),), demo_files().vae, str(tmp_path / "out"), "cpu", tile=1024, vram=vram, dry_run=True)
+    recorder = Recorder()
+    stage_decode.run(job, recorder)  # type: ignore[arg-type]
+    (failed,) = recorder.of("failed")
+    assert "tiles of 1024 pixels need 4,2" in failed["message"] and "for 1024x1024 in fp32" in failed["message"]
+    assert ("give --tile" in failed["hint"]) == (vram == "300M") and "leave out --tile" in failed["hint"]
+    stage_decode.run(replace(job, vram="16G", dry_run=False, tile=64), recorder)  # type: ignore[arg-type]
+    assert recorder.of("plan")[0]["text"].startswith("fp32, in tiles of 64 pixels, peak 0.0")
+    assert recorder.of("plan")[0]["smaller"] is None
 
 
 @pytest.mark.parametrize(("fit", "width_px"), [("cut", 32), ("stretch", 16)])

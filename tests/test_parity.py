@@ -36,7 +36,7 @@ from fluxsplit.latent_space import LatentSpace
 from fluxsplit.noise import initial_noise
 from fluxsplit.sampling import SAMPLE, drive
 from fluxsplit.stored_layers import StoredLinear
-from fluxsplit.text import T5, Clip
+from fluxsplit.text import Clip, T5Tokens
 from fluxsplit.transformer import Flux
 from fluxsplit.weights import WeightFiles
 from synthetic_checkpoint import TINY, Dimensions, Shapes
@@ -750,9 +750,9 @@ def test_conditioning_equals_the_reference(
 def our_tokenizers(text_files: tuple[Path, Path]) -> tuple[reference.Ids, reference.Ids]:
     """The text encoders' own, ids without start and end."""
     cpu = torch.device("cpu")
-    t5 = T5(checkpoint.part(text_files[0], "t5"), str(TOKENIZERS / "t5xxl" / "tokenizer.json"), WeightFiles(), cpu)
+    tokens = T5Tokens(checkpoint.part(text_files[0], "t5"), str(TOKENIZERS / "t5xxl" / "tokenizer.json"))
     clip = Clip(checkpoint.part(text_files[1], "clip"), str(TOKENIZERS / "clip_l"), WeightFiles(), cpu)
-    return t5._ids, clip._ids
+    return tokens._ids, clip._ids
 
 
 @needs_tokenizers

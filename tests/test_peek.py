@@ -32,7 +32,7 @@ from fluxsplit.progress import Progress
 from fluxsplit.recipe import Recipe, WeightsStamp
 from fluxsplit.stage_peek import run, taef1
 from fluxsplit.state_dict import read_state_dict
-from fluxsplit.taef1 import find_taef1
+from fluxsplit.taef1 import find_taef1, peek_beside
 
 
 def payload(height: int, width: int, seed: int = 0) -> bytes:
@@ -192,6 +192,37 @@ def test_taef1_in_every_form_draws_as_diffusers_does(tmp_path: Path, tiny: Autoe
     with Image.open(events[0]["path"]) as image:
         assert image.size == (48, 32) and image.tobytes() == wanted.tobytes()
     assert read_record(events[0]["path"]).vae.name == form
+
+
+def test_taef1_draws_large_latents_small(tmp_path: Path, tiny: AutoencoderTiny) -> None:
+    """Whole, it would hold 1.2 KB for each of a picture's pixels."""
+    save_file(as_bare_decoder(tiny), tmp_path / "taef1.safetensors")
+    path = write_latent(tmp_path, "x", payload(40, 128), (1, 16, 40, 128), None)
+    stream = io.StringIO()
+    run(PeekJob((str(path),), str(tmp_path / "taef1.safetensors"), "cpu"), Events(stream))
+    with Image.open(json.loads(stream.getvalue().splitlines()[0])["path"]) as image:
+        assert image.size == (768, 240)
+
+
+def test_a_taef1_that_nobody_named_is_not_relied_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "ComfyUI" / "models" / "vae_approx"
+    folder.mkdir(parents=True)
+    (folder / "taef1_decoder.safetensors").write_bytes(b"junk")
+    path = write_latent(tmp_path, "x", payload(4, 6), (1, 16, 4, 6), None)
+    given: dict[str, Any] = {"latents": [str(path)], "comfyui": "ComfyUI"}
+    with Progress() as progress:
+        assert cli_peek.peek(given, {}, progress) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(tmp_path / "x.peek.png") and "so the linear map draws" in told.err
+    with Progress() as progress, pytest.raises(FluxsplitError, match="taef1_decoder"):
+        cli_peek.peek({**given, "decoder": "taef1_decoder"}, {}, progress)
+    (tmp_path / "x.peek.png").unlink()
+    with Progress() as progress:
+        peek_beside([str(path)], str(folder / "taef1_decoder.safetensors"), "cpu", progress)
+    assert (tmp_path / "x.peek.png").stat().st_size
 
 
 def test_what_is_not_taef1_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.stage_text import _check
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming
-from fluxsplit.text import MAX_TOKENS, T5
+from fluxsplit.text import MAX_TOKENS, T5, T5Tokens
 from fluxsplit.weights import WeightFiles
 
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ def t5_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder(path: Path, device: torch.device = CPU) -> tuple[T5, WeightFiles]:
-    files = WeightFiles()
-    return T5(checkpoint.part(path, "t5"), demo_files().t5_tokenizer, files, device), files
+    files, part = WeightFiles(), checkpoint.part(path, "t5")
+    return T5(part, T5Tokens(part, demo_files().t5_tokenizer), files, device), files
 
 
 class Counting:
@@ -65,7 +65,7 @@ def test_prompts_together_have_the_bits_of_each_alone(t5_file: Path) -> None:
 
 def test_our_forward_is_that_of_transformers(t5_file: Path) -> None:
     t5, _ = encoder(t5_file)
-    ids = tuple(token.id for token in t5._tokens(PROMPTS[0]))
+    ids = tuple(token.id for token in t5._tokens.of(PROMPTS[0]))
     t5._model.set_input_embeddings(t5._model.shared)
     with torch.inference_mode():
         theirs = t5._model(input_ids=torch.tensor([ids])).last_hidden_state

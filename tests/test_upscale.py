@@ -373,7 +373,7 @@ def test_a_dry_run_says_what_would_be_made(weights: dict[str, Path], tmp_path: P
     assert planned["path"] == str(tmp_path / "a-2x.png") and not Path(planned["path"]).exists()
     assert (failed["event"], failed["item"]) == ("failed", "no.png")
     tiles = sum(event["event"] == "upscale" for event in staged(replace(job, images=job.images[:1], dry_run=False)))
-    assert tiles > 1 and planned["plan"] == f"x2.pth, fp32, {tiles} tiles"
+    assert tiles > 1 and planned["plan"].startswith(f"x2.pth, fp32, {tiles} tiles of 96 pixels, peak ")
 
 
 def test_metadata_is_carried_over_and_the_upscaler_added(weights: dict[str, Path], tmp_path: Path) -> None:
@@ -544,3 +544,26 @@ def test_a_card_gives_the_picture_of_the_cpu_within_the_planned_memory(weights: 
         made = enlarge(network, pixels, Tiling(128), quiet).int()
         assert (made - wanted).abs().max() <= levels
         assert torch.cuda.max_memory_allocated() - before <= network.planned_bytes(128, 128) * 1.5
+
+
+def test_a_budget_that_holds_no_tile_is_refused(weights: dict[str, Path], tmp_path: Path) -> None:
+    """On a CPU it is for the picture too, in and out."""
+    of_kind("RGB").resize((300, 200)).save(tmp_path / "a.png")
+    of_kind("RGB").resize((1500, 1500)).save(tmp_path / "b.png")
+    network = opened(weights["x2"])
+    room = network.picture_bytes(300, 200) + 64 * 64 * network.planned_bytes(1, 1)
+    job = UpscaleJob(
+        (str(tmp_path / "b.png"), str(tmp_path / "a.png")), str(weights["x2"]), "cpu", vram=f"{room / 1e6 + 0.01:.2f}M"
+    )
+    failed, plan, *_, made = staged(job)
+    assert failed["event"] == "failed" and "x2.pth needs " in failed["message"] and "for 1500x1500" in failed["message"]
+    assert failed["hint"].startswith("give --vram ") and made["source"].endswith("a.png")
+    assert "tiles of 64 pixels, peak 0.0" in plan["text"] and plan["smaller"] is None
+
+
+def test_a_plan_that_did_not_hold_is_followed_by_smaller_tiles(weights: dict[str, Path], tmp_path: Path) -> None:
+    of_kind("RGB").resize((600, 400)).save(tmp_path / "a.png")
+    job = UpscaleJob((str(tmp_path / "a.png"),), str(weights["x2"]), "cpu", tile=256)
+    plans = [staged(replace(job, smaller=smaller, out=str(tmp_path / str(smaller))))[0] for smaller in (0, 1)]
+    assert [plan["smaller"] for plan in plans] == [{"smaller": 1}, {"smaller": 2}]
+    assert "tiles of 256 pixels" in plans[0]["text"] and "tiles of 128 pixels" in plans[1]["text"]
