@@ -12,6 +12,7 @@ from fluxsplit.cli_sample import wanted_files
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import EncodeJob, absolute
 from fluxsplit.memory import check_budget
+from fluxsplit.metadata import as_rendered
 from fluxsplit.models import demo_files, resolve_vae
 from fluxsplit.picture_file import SUFFIXES
 from fluxsplit.progress import Progress
@@ -35,7 +36,9 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
     if given.get("model") and not given.get("vae"):  # a VAE of the settings does not overrule it
         values = {**values, "vae": ""}
     pictures = gather_files(
-        values.get("pictures", []), lambda folder: files_in(folder, SUFFIXES, "picture"), "picture to encode"
+        values.get("pictures", []),
+        lambda folder: as_rendered(files_in(folder, SUFFIXES, "picture")),
+        "picture to encode",
     )
     job = EncodeJob(
         images=tuple(absolute(path) for path in pictures),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable, places
 from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
-from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.errors import UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import UpscaleJob, absolute
 from fluxsplit.memory import check_budget
-from fluxsplit.metadata import POSTPROCESSING_KEY
+from fluxsplit.metadata import is_enlarged
 from fluxsplit.picture_file import SUFFIXES
-from fluxsplit.png_text import read_png
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES
 from fluxsplit.retry import events_with_retry
@@ -103,19 +101,10 @@ def upscale_paths(paths: Sequence[str | Path], options: UpscaleOptions, progress
 
 def _not_enlarged(folder: Path) -> list[Path]:
     """The pictures in a folder that were not enlarged before, so that a second run does not enlarge its own results."""
-    fresh = [file for file in files_in(folder, SUFFIXES, "picture") if not _is_enlarged(file)]
+    fresh = [file for file in files_in(folder, SUFFIXES, "picture") if not is_enlarged(file)]
     if not fresh:
         raise UsageError(f"all pictures in {folder} were enlarged before", "name those that are to be enlarged again")
     return fresh
-
-
-def _is_enlarged(file: Path) -> bool:
-    """Whether a PNG says so; one that cannot be read is for the stage to report."""
-    if file.suffix.lower() != ".png":
-        return False
-    with suppress(FluxsplitError):
-        return POSTPROCESSING_KEY in read_png(file).texts
-    return False
 
 
 def parse_target(text: str) -> tuple[int, int]:

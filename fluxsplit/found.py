@@ -21,10 +21,11 @@ from fluxsplit.found_others import (
     texts_in,
 )
 from fluxsplit.found_recipe import FoundRecipe, found_of_recipe
-from fluxsplit.latents import read_latents
+from fluxsplit.latents import SUFFIXES, read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
 from fluxsplit.picture_text import PictureText, first_bytes, picture_kind, read_picture_text
 from fluxsplit.recipe import VAE_FACTOR
+from fluxsplit.torch_file import ZIP_MAGIC
 from fluxsplit.xmp import xmp_text
 
 __all__ = ["FoundRecipe", "found_in", "read_found"]
@@ -49,6 +50,8 @@ def read_found(path: str | Path) -> FoundRecipe:
     start = first_bytes(path)
     if picture_kind(start):
         return found_in(read_picture_text(path), path)
+    if not start.startswith(ZIP_MAGIC) and start[8:9] != b"{" and path.suffix.lower() not in SUFFIXES.values():
+        raise FluxsplitError(f"{path.name} is no picture that is known, and no latent", "PNG, JPEG and WebP are known")
     return _in_latent(path)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxsplit.recipe import Parent
 from fluxsplit.start import NoiseGrid, Start
 
 
@@ -73,6 +74,8 @@ class ImageJob:
     """What is kept of another picture."""
     start_latent: str = ""
     """Latent file of that picture."""
+    parent: Parent | None = None
+    """The picture that this is a rerender of."""
     stem: str = ""
     """Name of the latent file without suffix; empty for time, seed and prompt."""
 
@@ -122,8 +125,6 @@ class DecodeJob:
     dtype: str = "auto"
     overwrite: bool = False
     delete_latents: bool = False
-    parents: tuple[tuple[str, str], ...] = ()
-    """For each latent the file name and the latent's SHA-256 of the picture it was made from; empty where none was."""
     vram: str = "auto"
     tile: int = 0
     """Side of overlapped tiles in pixels; 0 for exact strips."""
@@ -224,8 +225,6 @@ def job_from_json(stage: str, text: str) -> Job:
     for name in ("prompts", "outputs", "latents"):
         if name in table:
             table[name] = tuple(table[name])
-    if table.get("parents"):
-        table["parents"] = tuple((name, sha256) for name, sha256 in table["parents"])
     return STAGES[stage](**table)
 
 
@@ -234,7 +233,8 @@ def _image(table: dict[str, Any]) -> ImageJob:
     if start is not None:
         start = Start(**{**start, "noise": tuple(NoiseGrid(**grid) for grid in start["noise"])})
     levels = {name: tuple(table[name]) for name in ("sigmas", "recorded_sigmas")}
-    return ImageJob(**{**table, **levels, "start": start})
+    parent = None if table["parent"] is None else Parent(**table["parent"])
+    return ImageJob(**{**table, **levels, "start": start, "parent": parent})
 
 
 def absolute(path: str | Path) -> str:

@@ -4,10 +4,10 @@ Values are VAE-space fp32 [B, 16, height/8, width/8]: model space / 0.3611 + 0.1
 writes and what `AutoencoderKL.decode` takes as is. Scaling them again is a silent error, so every way in here
 ends in the same space, and files of unknown scale are refused. What a file is, its content says, not its name.
 
-| file | tensor | recipe, SHA-256 of the payload, the VAE that encoded it, if one did |
+| file | tensor | recipe, SHA-256 of the payload, and of whom there is one the VAE that encoded it and the parent |
 |---|---|---|
-| `.pt` | `latents` in a dict for `torch.load(weights_only=True)` | `recipe`, `sha256`, `vae` in that dict |
-| `.safetensors` | `latents` | metadata `fluxsplit.recipe`, `fluxsplit.sha256`, `fluxsplit.vae` |
+| `.pt` | `latents` in a dict for `torch.load(weights_only=True)` | `recipe`, `sha256`, `vae`, `parent` in that dict |
+| `.safetensors` | `latents` | metadata `fluxsplit.recipe`, `.sha256`, `.vae`, `.parent` |
 | `.latent` | `latent_tensor`, empty marker `latent_format_version_0` | the same, with ComfyUI's `prompt`, `workflow` |
 """
 
@@ -30,8 +30,10 @@ from fluxsplit.recipe import (
     LATENT_FORMATS,
     MAX_SIDE_PX,
     VAE_FACTOR,
+    Parent,
     Recipe,
     WeightsStamp,
+    parent_from_json,
     stamp_from_json,
 )
 from fluxsplit.safetensor_header import LATENT_LIMITS, read_header
@@ -42,6 +44,7 @@ SUFFIXES = {"pt": ".pt", "safetensors": ".safetensors", "latent": ".latent"}
 RECIPE_KEY = "fluxsplit.recipe"
 SHA256_KEY = "fluxsplit.sha256"
 VAE_KEY = "fluxsplit.vae"
+PARENT_KEY = "fluxsplit.parent"
 COMFY_TENSOR = "latent_tensor"
 COMFY_MARKER = "latent_format_version_0"
 FOREIGN_KEYS = ("prompt", "workflow")
@@ -71,6 +74,8 @@ class LatentFile:
     payload_sha256: str
     encoded_by: WeightsStamp | None = None
     """The VAE of a latent that was made from a picture; None for others, and where it is not said."""
+    parent: Parent | None = None
+    """The picture that was rendered again; None where none was."""
     index: int = 0
     """Item of the batch that the file holds."""
     batch: int = 1
@@ -114,12 +119,14 @@ def write_latent(
     *,
     format: str = "pt",
     encoded_by: WeightsStamp | None = None,
+    parent: Parent | None = None,
 ) -> Path:
     """Write latents to the first free `folder/stem.ext`, `stem-2.ext`, ..., durably; returns the path.
 
     `payload` is little-endian fp32 [1, 16, height/8, width/8] in C order, VAE space; `format` is one of
-    `LATENT_FORMATS`; `encoded_by` is the VAE, where it was made from a picture. Raises FluxsplitError where values are
-    not finite, where size and recipe disagree, or where the disk refuses.
+    `LATENT_FORMATS`; `encoded_by` is the VAE, where it was made from a picture, and `parent` the picture that it is a
+    rerender of. Raises FluxsplitError where values are not finite, where size and recipe disagree, or where the disk
+    refuses.
     """
     if format not in LATENT_FORMATS:
         raise UsageError(f"latent format {format!r} is not one of {', '.join(LATENT_FORMATS)}")
@@ -130,14 +137,16 @@ def write_latent(
             _check_size(shape, recipe)
     except FluxsplitError as error:
         raise FluxsplitError(f"latent {stem} is not written: {error.message}", error.hint) from None
-    data = _encoded(payload, shape, recipe, format, encoded_by)
+    more = {"vae": encoded_by, "parent": parent}
+    stamps = {name: json.dumps(asdict(value)) for name, value in more.items() if value is not None}
+    data = _encoded(payload, shape, recipe, format, stamps)
     if encoded_by is not None:  # has no time in it, and is the same each time
         return durable.write_once(folder, stem, SUFFIXES[format], b"".join(data))
     return durable.write_free(folder, stem, SUFFIXES[format], data)
 
 
 def _encoded(
-    payload: bytes, shape: Shape, recipe: Recipe | None, format: str, encoded_by: WeightsStamp | None
+    payload: bytes, shape: Shape, recipe: Recipe | None, format: str, stamps: Mapping[str, str]
 ) -> list[bytes | memoryview]:
     sha256 = hashlib.sha256(payload).hexdigest()
     text = "" if recipe is None else recipe.to_json()
@@ -145,21 +154,21 @@ def _encoded(
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise FluxsplitError("the prompt holds a character that is no Unicode text", "retype the prompt") from None
-    stamp = "" if encoded_by is None else json.dumps(asdict(encoded_by))
     if format == "pt":
-        texts = {"format": FORMAT, "recipe": text, "sha256": sha256} | ({"vae": stamp} if stamp else {})
+        texts = {"format": FORMAT, "recipe": text, "sha256": sha256, **stamps}
         return [torch_file_bytes("latents", shape, payload, texts)]
     entry = {"dtype": "F32", "shape": shape, "data_offsets": (0, len(payload))}
     empty = {"dtype": "F32", "shape": (0,), "data_offsets": (len(payload), len(payload))}
     tensors = {"latents": entry} if format == "safetensors" else {COMFY_TENSOR: entry, COMFY_MARKER: empty}
-    metadata = {"format": FORMAT, RECIPE_KEY: text, SHA256_KEY: sha256} | ({VAE_KEY: stamp} if stamp else {})
+    metadata = {"format": FORMAT, RECIPE_KEY: text, SHA256_KEY: sha256}
+    metadata |= {key: stamps[name] for name, key in (("vae", VAE_KEY), ("parent", PARENT_KEY)) if name in stamps}
     header = json.dumps({"__metadata__": metadata, **tensors}, ensure_ascii=False).encode("utf-8")
     header += b" " * (-len(header) % 8)
     return [struct.pack("<Q", len(header)), header, payload]
 
 
 def _read(path: Path) -> _Read:
-    """Format, raw tensor, our own texts (format, recipe, sha256, vae) and foreign texts of the file."""
+    """Format, raw tensor, our own texts (format, recipe, sha256, vae, parent) and foreign texts of the file."""
     with path.open("rb") as file:
         start = file.read(512)
     if start.startswith(ZIP_MAGIC):
@@ -174,7 +183,7 @@ def _read(path: Path) -> _Read:
 
 def _read_pt(path: Path) -> _Read:
     try:
-        table = read_torch_file(path, (*_TENSOR_NAMES, "format", "recipe", "sha256", "vae"))
+        table = read_torch_file(path, (*_TENSOR_NAMES, "format", "recipe", "sha256", "vae", "parent"))
     except FluxsplitError as error:
         raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
     texts = {name: value for name, value in table.items() if isinstance(value, str) and name not in _TENSOR_NAMES}
@@ -206,7 +215,7 @@ def _read_safetensors(path: Path) -> _Read:
         data = file.read(info.end - info.start)
     if len(data) != info.end - info.start:
         raise FluxsplitError(f"{path.name} became shorter while it was read")
-    ours = {"recipe": RECIPE_KEY, "sha256": SHA256_KEY, "vae": VAE_KEY, "format": "format"}
+    ours = {"recipe": RECIPE_KEY, "sha256": SHA256_KEY, "vae": VAE_KEY, "parent": PARENT_KEY, "format": "format"}
     texts = {name: header.metadata[key] for name, key in ours.items() if key in header.metadata}
     foreign = {key: header.metadata[key] for key in FOREIGN_KEYS if header.metadata.get(key)}
     kind = "latent" if info.name == COMFY_TENSOR else "safetensors"
@@ -219,9 +228,9 @@ def _checked(
     """The file's pictures, after everything that it says was held against everything else."""
     try:
         recipe = Recipe.from_json(texts["recipe"]) if texts.get("recipe") else None
-        encoded_by = (
-            stamp_from_json(texts["vae"], "its VAE") if texts.get("format") == FORMAT and "vae" in texts else None
-        )
+        own = texts if texts.get("format") == FORMAT else {}
+        encoded_by = stamp_from_json(own["vae"], "its VAE") if "vae" in own else None
+        parent = parent_from_json(own["parent"]) if "parent" in own else None
         shape = (1, *tensor.shape) if len(tensor.shape) == 3 and tensor.shape[0] != 1 else tensor.shape
         _check_shape(shape)
         batch, channels, height, width = shape
@@ -235,7 +244,7 @@ def _checked(
         raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
     if batch == 1:
         one = (1, channels, height, width)
-        return [LatentFile(str(path), kind, one, payload, recipe, foreign, sha256, encoded_by)]
+        return [LatentFile(str(path), kind, one, payload, recipe, foreign, sha256, encoded_by, parent)]
     size = len(payload) // batch
     items = [payload[start : start + size] for start in range(0, len(payload), size)]
     return [
@@ -248,6 +257,7 @@ def _checked(
             foreign,
             hashlib.sha256(item).hexdigest(),
             encoded_by,
+            None,
             index,
             batch,
         )

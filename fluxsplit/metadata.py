@@ -19,7 +19,15 @@ from typing import Any
 from fluxsplit import __version__
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.png_text import read_png
-from fluxsplit.recipe import MAX_NAME_CHARS, SCHEMA, Recipe, WeightsStamp, recipe_from_object, strict_json
+from fluxsplit.recipe import (
+    SCHEMA,
+    Parent,
+    Recipe,
+    WeightsStamp,
+    parent_from_object,
+    recipe_from_object,
+    strict_json,
+)
 
 PARAMETERS_KEY = "parameters"
 RECORD_KEY = "fluxsplit"
@@ -45,16 +53,6 @@ class UpscalerStamp:
     """Of the model itself; the size may have been changed after it (`--upscale-to`)."""
     width: int
     height: int
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """The picture that a rerender was made from."""
-
-    name: str
-    """File name without folder, as it was then."""
-    latent_sha256: str = ""
-    """Of its latent, where that is known: the same text stands in that picture's own record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +114,8 @@ def record_from_json(text: str) -> ImageRecord:
     computed = _text_table({name: table.get(name, "") for name in ("dtype", "device", "retried")})
     upscaler = _upscalers(table.get("upscaler", []))
     stamp = WeightsStamp(vae["name"], vae["sha256"])
-    parent = _parent(table["parent"]) if "parent" in table else None
+    parent = parent_from_object(table["parent"]) if "parent" in table else None
     return ImageRecord(recipe, sha256, stamp, versions, **computed, upscaler=upscaler, parent=parent)
-
-
-def _parent(value: Any) -> Parent:
-    table = _text_table(value)
-    if (
-        set(table) != {"name", "latent_sha256"}
-        or not 0 < len(table["name"]) <= MAX_NAME_CHARS
-        or (table["latent_sha256"] and not _is_sha256(table["latent_sha256"]))
-    ):
-        raise FluxsplitError("its fluxsplit text has a parent without proper name and latent hash")
-    return Parent(**table)
 
 
 def _upscalers(value: Any) -> tuple[UpscalerStamp, ...]:
@@ -163,6 +150,20 @@ def upscaled_texts(texts: Mapping[str, str], stamp: UpscalerStamp, factor: str) 
     before = kept.get(POSTPROCESSING_KEY)
     kept[POSTPROCESSING_KEY] = f"{before}, {text}" if before else text
     return kept
+
+
+def is_enlarged(path: Path) -> bool:
+    """Whether a PNG says that it was enlarged after it was decoded; of other files, and damaged ones, nobody knows."""
+    if path.suffix.lower() != ".png":
+        return False
+    with suppress(FluxsplitError):
+        return POSTPROCESSING_KEY in read_png(path).texts
+    return False
+
+
+def as_rendered(pictures: list[Path]) -> list[Path]:
+    """Of a folder's pictures those that were not enlarged, which are others of them once more; all, where all were."""
+    return [picture for picture in pictures if not is_enlarged(picture)] or pictures
 
 
 def _text_table(value: Any) -> dict[str, str]:

@@ -43,6 +43,16 @@ class WeightsStamp:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """The picture that a rerender was made from."""
+
+    name: str
+    """File name without folder, as it was then."""
+    latent_sha256: str = ""
+    """Of its latent, where that is known: the same text stands in that picture's own record."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """All that decides the pixels of one picture, as it was rendered."""
 
@@ -259,6 +269,24 @@ def stamp_from_json(text: str, what: str) -> WeightsStamp:
         return _as_stamp(strict_json(text))
     except (ValueError, FluxsplitError):
         raise FluxsplitError(f"what it says of {what} is {text[:80]!r}") from None
+
+
+def parent_from_object(value: Any) -> Parent:
+    """The parent in a parsed JSON object; raises FluxsplitError."""
+    try:
+        if not isinstance(value, dict) or set(value) != {"name", "latent_sha256"}:
+            raise ValueError
+        stamp = _as_stamp({"name": value["name"], "sha256": value["latent_sha256"]})
+        if not stamp.name:
+            raise ValueError
+    except ValueError:
+        raise FluxsplitError(f"what it says of its parent is {str(value)[:80]!r}") from None
+    return Parent(stamp.name, stamp.sha256)
+
+
+def parent_from_json(text: str) -> Parent:
+    """The parent in JSON text; raises FluxsplitError."""
+    return parent_from_object(strict_json(text))
 
 
 def recipe_from_object(value: Any) -> Recipe:

@@ -34,6 +34,8 @@ from fluxsplit.recipe import MAX_STEPS, SAMPLERS, SCHEDULERS, VAE_FACTOR, check_
 from fluxsplit.start import FITS, KEEPS, MAX_GRIDS, MIN_STRENGTH, NoiseGrid, Start
 
 MAX_SCALE = 16.0
+PHOTO_PIXELS = 1 << 20
+"""What a picture that says nothing of itself is rendered at, if it is larger: where FLUX.1 draws best."""
 _CHANGES = ("prompt", "negative", "seed", "steps", "guidance", "cfg", "sampler", "scheduler", "shift", "sigmas")
 _KEEPING = ("keep", "strength", "fit", "low_frequency_guidance")
 
@@ -128,7 +130,7 @@ def new_size(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[
         raise UsageError("its size is not known", "give --size")
     if given.get("scale") is None:
         if found.tool is None:
-            return _rounded(width, height, 1.0, told)
+            return _rounded(width, height, min(1.0, math.sqrt(PHOTO_PIXELS / (width * height))), told)
         check_size(width, height)
         return width, height
     scale = given["scale"]
@@ -141,8 +143,8 @@ def _rounded(width: int, height: int, scale: float, told: Told) -> tuple[int, in
     size = tuple(max(2, round(side * scale / VAE_FACTOR)) * VAE_FACTOR for side in (width, height))
     check_size(size[0], size[1])
     if size != (width * scale, height * scale):
-        times = f"{scale:g} times its own" if scale != 1 else "its own"
-        told.assumed.append(f"size {size[0]}x{size[1]}, the multiple of 8 nearest to {times}")
+        times = f"{scale:.3g} times its own" if scale != 1 else "its own"
+        told.assumed.append(f"size {size[0]}x{size[1]}, the multiple of 8 nearest to {times} (--size)")
     return size[0], size[1]
 
 
@@ -191,7 +193,7 @@ def _strength(given: Mapping[str, Any]) -> float:
 def _default_keep(
     found: FoundRecipe, given: Mapping[str, Any], size: tuple[int, int], noise: tuple[NoiseGrid, ...], told: Told
 ) -> str:
-    if size == own_size(found) and not any(given.get(name) is not None for name in _KEEPING):
+    if found.tool is not None and size == own_size(found) and not any(given.get(name) is not None for name in _KEEPING):
         return "seed"
     if noise or defaults.KEEP in ("seed", "image"):
         return defaults.KEEP

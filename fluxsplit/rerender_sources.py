@@ -10,7 +10,7 @@ from typing import Any
 from fluxsplit.arguments import is_overview, named, read_names
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.latents import SUFFIXES, read_latent
-from fluxsplit.metadata import ImageRecord, read_record
+from fluxsplit.metadata import ImageRecord, as_rendered, read_record
 from fluxsplit.picks import read_picks
 
 LATENTS = "latents"
@@ -40,7 +40,7 @@ def _named(word: str) -> list[Path]:
         held = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and not is_overview(file))
         if not held:
             raise UsageError(f"{path} holds no picture and no latent", f"they end in {', '.join(suffixes)}")
-        return held
+        return as_rendered(held)
     matching = named(word)
     if matching == [path]:
         return matching

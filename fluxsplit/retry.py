@@ -86,8 +86,7 @@ def _rest(job: Job, said: _Said) -> Job | None:
         images = tuple(image for number, image in enumerate(smaller.images) if number not in said.numbers)
         return replace(smaller, images=images) if images else None
     if isinstance(smaller, DecodeJob):
-        rest = smaller.latents[said.done :]
-        return replace(smaller, latents=rest, parents=smaller.parents[said.done :], retried=said.plan)
+        return replace(smaller, latents=smaller.latents[said.done :], retried=said.plan)
     if isinstance(smaller, EncodeJob | UpscaleJob):
         return replace(smaller, images=smaller.images[said.done :])
     everything: Job = smaller  # of the text, whose results come at its end

@@ -134,8 +134,8 @@ def _sample_job(plan: Plan, places: dict[str, str]) -> SampleJob:
 def decoding(latents: Sequence[str], given: dict[str, Any], out: Path | None = None) -> str:
     """The command that decodes these latents, and no others that lie beside them."""
     words = ["fluxsplit", "decode", *map(_shown, _as_folder(latents))]
-    for flag in ("model", "vae", "comfyui"):
-        words += [f"--{flag}", str(given[flag])] if given.get(flag) else []
+    for flag in ("model", "vae", "comfyui", "upscale", "upscale_to"):
+        words += [f"--{flag.replace('_', '-')}", str(given[flag])] if given.get(flag) else []
     return shlex.join([*words, *(["--out", _shown(str(out))] if out else [])])
 
 

@@ -34,7 +34,6 @@ def run(job: DecodeJob, events: Events) -> None:
     with thread_beside() as hashing, thread_beside() as reading:
         stamp = hashing.submit(weights_stamp, job.vae)
         session = VaeSession(job.vae, job.device, job.dtype, job.vram, job.smaller, events)
-        parents = dict(zip(job.latents, job.parents, strict=False))
         total, failures, made = len(job.latents), Failures(events), _Made(job)
         following = reading.submit(read_latents, job.latents[0]) if total else None
         for number, path in enumerate(job.latents):
@@ -46,7 +45,7 @@ def run(job: DecodeJob, events: Events) -> None:
             with failures.told_of(path):
                 for latent in current.result():
                     told = teller(events, number, total)
-                    _decode(session, latent, made, stamp, events, parents.get(path), told)
+                    _decode(session, latent, made, stamp, events, told)
                 if job.delete_latents:
                     _delete(path, events)
         for note in made.notes():
@@ -118,7 +117,6 @@ def _decode(
     made: _Made,
     stamp: Future[WeightsStamp],
     events: Events,
-    parent: tuple[str, str] | None,
     advance: Advance,
 ) -> None:
     job = made.job
@@ -132,7 +130,7 @@ def _decode(
         versions={name: version(name) for name in ("fluxsplit", "torch", "diffusers")},
         dtype=dtype,
         device=device_name(session.device),
-        parent=metadata.Parent(*parent) if parent is not None and parent[0] else None,
+        parent=latent.parent,
         retried=job.retried,
     )
     texts = metadata.png_text_chunks(record, latent.foreign)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -184,7 +185,8 @@ def _write(model: _Model, job: SampleJob, number: int, recipe: Recipe, latent: t
     stamped = _stamped(recipe, job.files, model.stamps, image.conditioning)
     recipe = replace(stamped, retried=job.retried or None)
     stem = image.stem or _stem(recipe)
-    path = latents.write_latent(job.out, stem, payload, _shape(recipe), recipe, format=job.format)
+    more: dict[str, Any] = {"format": job.format, "parent": image.parent}
+    path = latents.write_latent(job.out, stem, payload, _shape(recipe), recipe, **more)
     if job.peek:
         _peek(path, events)
     events.send("result", number=number, path=str(path), recipe=recipe.to_object())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from fluxsplit.metadata import ImageRecord, Parent, encode_png, png_text_chunks
-from fluxsplit.recipe import Recipe, WeightsStamp
+from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
+from fluxsplit.recipe import Parent, Recipe, WeightsStamp
 
 THINGS = ("lighthouse", "fox", "red circle", "old harbour", "glass tower", "snowy valley", "market hall", "sail boat")
 LIGHTS = ("at dusk", "in morning fog", "under a green sky", "in hard noon light", "by candle light")

@@ -93,7 +93,15 @@ def sample(job: SampleJob) -> tuple[int, int]:
         )  # fmt: skip
         shape = (1, 16, image.height // 8, image.width // 8)
         payload = bytes(4 * 16 * shape[2] * shape[3])
-        path = write_latent(job.out, image.stem or f"latent-{image.seed}", payload, shape, recipe, format=job.format)
+        path = write_latent(
+            job.out,
+            image.stem or f"latent-{image.seed}",
+            payload,
+            shape,
+            recipe,
+            format=job.format,
+            parent=image.parent,
+        )
         say("result", number=number, path=str(path), recipe=json.loads(recipe.to_json()))
     return len(job.images) - failures, failures
 

@@ -19,7 +19,7 @@ from fluxsplit.fingerprint import file_sha256
 from fluxsplit.latents import read_latent, write_latent
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
 from fluxsplit.models import demo_files
-from fluxsplit.recipe import Recipe, WeightsStamp
+from fluxsplit.recipe import Parent, Recipe, WeightsStamp
 from fluxsplit.start import NoiseGrid, Start
 
 __all__ = ["home", "run"]
@@ -71,8 +71,10 @@ def test_nothing_changed_repeats_every_setting(run: Run, home: Path) -> None:
     assert image["recorded_sigmas"] == [1.0, 0.4, 0.0], "to the last bit"
     assert ran.job("sample")["dtype"] == "bf16" and ran.job("sample")["files"]["is_demo"]
     assert ran.out == [str(home / "renders" / "0007-64x48.png")]
-    (parent,) = ran.job("decode")["parents"]
-    assert parent == ["0007.png", read_latent(home / "previews" / "latents" / "0007.pt").payload_sha256]
+    source, made = (
+        read_latent(home / f"{name}.pt") for name in ("previews/latents/0007", "renders/latents/0007-64x48")
+    )
+    assert made.parent == Parent("0007.png", source.payload_sha256) and source.parent is None
     assert "seed 7" in ran.err and "nothing is changed" in ran.err
 
 

@@ -300,3 +300,57 @@ def _metadata(path: Path) -> dict[str, str]:
         (length,) = struct.unpack("<Q", file.read(8))
         metadata: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
     return metadata
+
+
+def test_the_same_rerender_again_goes_on_where_the_first_one_ended(tmp_path: Path) -> None:
+    """Pictures that are there are left, finished latents only decoded, to the same bytes; `decode` changes nothing."""
+    first = fluxsplit("preview", "-p", PROMPT, "--seed", "7..8", "--size", "64x64", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    words = ("rerender", "--from", "previews", "--size", "96x64")
+    made = fluxsplit(*words, cwd=tmp_path)
+    paths = [Path(line) for line in made.stdout.splitlines()]
+    assert made.returncode == 0 and [path.name for path in paths] == ["0001-96x64.png", "0002-96x64.png"]
+    before = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    again = fluxsplit(*words, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout == made.stdout, again.stderr
+    assert "0001-96x64.png is there already" in again.stderr
+    assert "0002-96x64.pt was finished before and is only decoded" in again.stderr and "s/step" not in again.stderr
+    decoded = fluxsplit("decode", "renders/latents", "--out", "renders", cwd=tmp_path)
+    assert decoded.returncode == 0 and "2 were there already, the same" in decoded.stderr
+    assert [path.read_bytes() for path in paths] == before and len(list((tmp_path / "renders").glob("*.png"))) == 2
+    assert read_record(paths[0]).parent is not None
+    dry = fluxsplit(*words, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0 and dry.stdout == "" and "is there already" in dry.stderr
+    other = fluxsplit(*words, "--steps", "3", cwd=tmp_path)
+    assert [Path(line).name for line in other.stdout.splitlines()] == ["0001-96x64-2.png", "0002-96x64-2.png"]
+    larger = fluxsplit(*words, "--upscale", "2", cwd=tmp_path)
+    names = [Path(line).name for line in larger.stdout.splitlines()]
+    assert names == ["0001-96x64.png", "0002-96x64.png", "0001-96x64-2x.png", "0002-96x64-2x.png"]
+    assert fluxsplit(*words, "--upscale", "2", cwd=tmp_path).stdout == made.stdout, "nothing is enlarged twice"
+
+
+def test_a_photo_is_started_from_whatever_its_size(tmp_path: Path) -> None:
+    """Not only where its sides are no multiples of 8; at a megapixel at most; by the demo model if none is named."""
+    image = Image.new("RGB", (128, 64), "white")
+    image.paste((200, 30, 40), (40, 8, 88, 56))
+    image.save(tmp_path / "a.png")
+    made = fluxsplit("rerender", "a.png", "-p", PROMPT, "--strength", "0.5", cwd=tmp_path)
+    assert made.returncode == 0 and "keep image at strength 0.5" in made.stderr and "demo model" in made.stderr
+    recipe = read_recipe(made.stdout.strip())
+    assert recipe is not None and recipe.start is not None and recipe.start.keep == "image"
+    plain = fluxsplit("rerender", "a.png", "-p", PROMPT, "--dry-run", cwd=tmp_path)
+    assert "keep image at strength 0.8" in plain.stderr
+    image.resize((4032, 3024)).save(tmp_path / "large.jpg")
+    large = fluxsplit("rerender", "large.jpg", "-p", PROMPT, "--dry-run", "--json", cwd=tmp_path)
+    assert "size 1184x888, the multiple of 8 nearest to 0.293 times its own (--size)" in large.stderr
+    assert "starts from" not in large.stdout and json.loads(large.stdout)["images"][0]["width"] == 1184
+
+
+def test_enlarged_copies_in_a_folder_are_not_rendered_or_encoded_once_more(tmp_path: Path) -> None:
+    for words in (("preview", "-p", PROMPT, "--seed", "7", "--size", "64x64"), ("upscale", "previews")):
+        assert fluxsplit(*words, cwd=tmp_path).returncode == 0
+    again = fluxsplit("rerender", "previews", "--scale", "1.5", cwd=tmp_path)
+    assert [Path(line).name for line in again.stdout.splitlines()] == ["0001-96x96.png"], again.stderr
+    encoded = fluxsplit("encode", "previews", cwd=tmp_path)
+    assert [Path(line).name for line in encoded.stdout.splitlines()] == ["0001.pt"], encoded.stderr

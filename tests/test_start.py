@@ -10,8 +10,8 @@ import pytest
 
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob, job_from_json, job_to_json
-from fluxsplit.metadata import ImageRecord, Parent, parameters_text, record_from_json
-from fluxsplit.recipe import Recipe, WeightsStamp
+from fluxsplit.metadata import ImageRecord, parameters_text, record_from_json
+from fluxsplit.recipe import Parent, Recipe, WeightsStamp
 from fluxsplit.start import NoiseGrid, Start, start_from_object
 
 SHA = "ab" * 32
