@@ -23,6 +23,13 @@ MAX_INPUT_CHARS = 100_000_000
 _SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
 _SEED = re.compile(r"\s*(\d{1,30})\s*(?:\.\.\s*(\d{1,30})\s*)?", re.ASCII)
 _FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pt", ".safetensors", ".latent")
+_OTHERS_SYNTAX = {
+    "a LoRA is named": re.compile(r"<lora:"),
+    "an embedding is named": re.compile(r"\bembedding:\w", re.ASCII),
+    "there is a choice as {a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
+    "there is a wildcard as __name__": re.compile(r"(?<!\w)__[\w/*-]+__(?!\w)", re.ASCII),
+    "there is a BREAK": re.compile(r"\bBREAK\b"),
+}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -115,9 +122,10 @@ def check_cfg(cfg: float) -> None:
     check_range("cfg", cfg, 1, MAX_CFG)
 
 
-def lora_warning(prompt: str) -> str:
-    """What to say of a prompt that asks for a LoRA; empty for others."""
-    return "a LoRA is named in the prompt; fluxsplit has none, and reads its name as text" if "<lora:" in prompt else ""
+def prompt_warnings(prompt: str) -> list[str]:
+    """What to say of a prompt in which other programs would read more than text."""
+    found = [what for what, pattern in _OTHERS_SYNTAX.items() if pattern.search(prompt[:MAX_TEXT_CHARS])]
+    return [f"{what} in the prompt; fluxsplit has no such thing, and reads it as text" for what in found]
 
 
 def check_range(flag: str, value: float, low: float, high: float) -> None:
@@ -144,9 +152,10 @@ def gather_prompts(given: Sequence[str], file: str) -> list[str]:
     elif file:
         prompts += prompts_of_lines(_read_lines(Path(file).expanduser()), file)
     if not given and not file:
-        if sys.stdin is None or sys.stdin.isatty():
+        piped = [] if sys.stdin is None or sys.stdin.isatty() else read_stdin()
+        if not any(line.strip() for line in piped):
             raise UsageError("there is no prompt", 'give one, as --prompt "a red circle", or pipe prompts in')
-        prompts = prompts_of_lines(read_stdin(), "stdin")
+        prompts = prompts_of_lines(piped, "stdin")
     return [check_prompt(prompt) for prompt in dict.fromkeys(prompts)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -94,7 +94,7 @@ def gallery(
     """Choose pictures on a local web page, and render the picks larger; its address is printed on stdout."""
     from fluxsplit.cli_gallery import run_gallery  # noqa: PLC0415
 
-    raise typer.Exit(run_gallery(_given(context)))
+    raise typer.Exit(run_gallery(_given(context), lambda words: _parsed("rerender", words, context)))
 
 
 @app.command(cls=GroupedCommand, short_help="Say what files hold.")
@@ -166,16 +166,16 @@ def run(
     from fluxsplit.settings import read_workflow  # noqa: PLC0415
 
     command, settings = read_workflow(Path(file).expanduser())
-    flags = _parsed(command, context)
+    flags = _parsed(command, context.args, context)
     raise typer.Exit(_run(command, settings | _given(flags), debug=debug or bool(flags.params["debug"])))
 
 
-def _parsed(name: str, context: typer.Context) -> Any:
-    """The flags of command `name` in what is left of `run`'s; what must be given elsewhere is in the file here."""
+def _parsed(name: str, words: Sequence[str], context: typer.Context) -> Any:
+    """The flags of command `name` in these words; what it must be given besides comes from elsewhere."""
     command: Any = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     for parameter in command.params:
         parameter.required = False
-    return command.make_context(name, list(context.args), parent=context.parent)
+    return command.make_context(name, list(words), parent=context.parent)
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -214,7 +214,10 @@ def _run(command: str, given: dict[str, Any], *, debug: bool) -> int:
     settings = defaults(command, os.environ)
     quiet = bool(given.get("quiet", settings.get("quiet", False)))
     with Progress(json_lines=bool(given.get("json")), quiet=quiet, debug=debug) as progress:
-        return _runner(command)(given, settings, progress)
+        code = _runner(command)(given, settings, progress)
+        if progress.failures > 1:
+            progress.note(f"{progress.failures} failed")
+        return code
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fluxsplit.cli_help import GroupedCommand, RerenderCommand
+from fluxsplit.cli_help import GroupedCommand, PromptCommand, RerenderCommand
 from fluxsplit.cli_options import (
     Cache,
     Cfg,
@@ -159,6 +159,7 @@ COMMANDS: tuple[Command, ...] = (
   fluxsplit sample -m flux1-dev-fp8.safetensors --prompt-file prompts.txt --seed 7..15 --steps 28
   fluxsplit sample -p "a fox" | fluxsplit decode -
 """,
+        kind=PromptCommand,
     ),
     Command(
         name="preview",
@@ -188,6 +189,7 @@ COMMANDS: tuple[Command, ...] = (
   fluxsplit preview -p "a red circle above a blue square on white"
   fluxsplit preview -m flux1-schnell-fp8.safetensors --prompt-file prompts.txt -n 4 --size 576x472
 """,
+        kind=PromptCommand,
     ),
     Command(
         name="rerender",

@@ -176,7 +176,14 @@ def _without_rivals(values: dict[str, Any], given: dict[str, Any]) -> dict[str, 
 def gather_latents(names: Sequence[str]) -> list[Path]:
     """Latent files in the order given: files, the latents in folders, and the lines of stdin for `-`."""
     suffixes = tuple(SUFFIXES.values())
-    return gather_files(names, lambda folder: files_in(folder, suffixes, "latent file"), "latent file to decode")
+
+    def in_folder(folder: Path) -> list[Path]:
+        """Those of `preview` and `rerender` are in a folder below their pictures'."""
+        below = folder / "latents"
+        here = not below.is_dir() or any(file.suffix.lower() in suffixes for file in folder.iterdir())
+        return files_in(folder if here else below, suffixes, "latent file")
+
+    return gather_files(names, in_folder, "latent file to decode")
 
 
 def check_tile(pixels: int) -> int:

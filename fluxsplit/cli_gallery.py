@@ -7,6 +7,7 @@ import shlex
 import sys
 import threading
 import webbrowser
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ RENDERS = "renders"
 INSTALL = 'install them with: pip install "fluxsplit[gallery]"'
 
 
-def run_gallery(given: dict[str, Any]) -> int:
-    """Serve the gallery until Ctrl-C; its address is printed on stdout. Raises FluxsplitError."""
+def run_gallery(given: dict[str, Any], check_rerender: Callable[[Sequence[str]], object]) -> int:
+    """Serve the gallery until Ctrl-C; its address is printed on stdout.
+
+    `check_rerender` raises where these are no flags of `rerender`. Raises FluxsplitError.
+    """
     folder = Path(given.get("folder", FOLDER)).expanduser()
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", 'make previews first: fluxsplit preview --prompt "..."')
     renders = Path(given.get("renders", RENDERS)).expanduser()
+    if renders.exists() and not renders.is_dir():
+        raise UsageError(f"--renders {renders} is not a folder")
     flags = _rerender_flags(given.get("rerender", ""))
+    check_rerender(flags)
     try:
         from fluxsplit.gallery import address, open_gallery, serve, server  # noqa: PLC0415  an extra
     except ModuleNotFoundError as error:

@@ -10,6 +10,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from fluxsplit.errors import UsageError
+
 OF_THE_PICTURE = frozenset(
     ("prompt", "negative", "seed", "steps", "guidance", "cfg", "sampler", "scheduler", "shift", "noise_index")
 )
@@ -44,6 +46,20 @@ class GroupedCommand(TyperCommand):
         if self.epilog:
             formatter.write_paragraph()
             formatter.write("\n".join(line.rstrip() for line in self.epilog.strip().splitlines()) + "\n")
+
+
+class PromptCommand(GroupedCommand):
+    """A command whose prompt is a flag, as those who come from elsewhere may not expect."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Add to what is said of a word that stands alone."""
+        try:
+            return list(super().parse_args(ctx, args))
+        except Exception as error:  # of the library that typer brings along under its own name
+            said = str(getattr(error, "message", ""))
+            if "unexpected extra argument" not in said:
+                raise
+            raise UsageError(said, 'a prompt is given as --prompt "a red circle"') from None
 
 
 class RerenderCommand(GroupedCommand):

@@ -19,12 +19,12 @@ from fluxsplit.arguments import (
     check_range,
     draw_seed,
     gather_prompts,
-    lora_warning,
     out_folder,
     parse_seeds,
     parse_shift,
     parse_sigmas,
     parse_size,
+    prompt_warnings,
 )
 from fluxsplit.checkpoint import part, variant_of
 from fluxsplit.errors import FluxsplitError, UsageError
@@ -137,7 +137,7 @@ def _images(values: dict[str, Any], notes: list[str]) -> list[ImageJob]:
             "give --cfg 2 or so (each step then takes twice as long), or drop --negative",
         )
     conditioning, prompts = _conditioning_and_prompts(values, cfg)
-    notes += dict.fromkeys(filter(None, map(lora_warning, prompts)))
+    notes += dict.fromkeys(text for prompt in prompts for text in prompt_warnings(prompt))
     seeds = parse_seeds(values.get("seed") or [_drawn(notes)], values.get("count", 1))
     if len(prompts) * len(seeds) > MAX_IMAGES:
         raise UsageError(f"{len(prompts)} prompts with {len(seeds)} seeds are over {MAX_IMAGES} images in one run")

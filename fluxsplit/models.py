@@ -28,7 +28,8 @@ _PUBLISHED = {
     "Comfy-Org/flux1-schnell",
     "t5": "t5xxl_fp8_e4m3fn.safetensors (4.9 GB) is in the Hugging Face repository comfyanonymous/flux_text_encoders",
     "clip": "clip_l.safetensors (246 MB) is in the Hugging Face repository comfyanonymous/flux_text_encoders",
-    "vae": "ae.safetensors (335 MB) is in split_files/vae of the Hugging Face repository Comfy-Org/z_image_turbo",
+    "vae": "ae.safetensors (335 MB), which is FLUX.1's, is in split_files/vae of the Hugging Face repository "
+    "Comfy-Org/z_image_turbo",
 }
 _TOKENIZERS = (
     "tokenizer_2/tokenizer.json (2.4 MB), tokenizer/vocab.json and tokenizer/merges.txt (1.6 MB) are in the Hugging "

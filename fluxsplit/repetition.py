@@ -21,11 +21,11 @@ from fluxsplit.arguments import (
     check_prompt,
     check_range,
     draw_seed,
-    lora_warning,
     parse_seeds,
     parse_shift,
     parse_sigmas,
     parse_size,
+    prompt_warnings,
 )
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.found_recipe import FoundRecipe
@@ -257,7 +257,7 @@ def _texts(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[st
             )
         told.assumed.append("no negative prompt: with cfg 1 it does nothing")
         negative = ""
-    told.warnings += filter(None, [lora_warning(prompts[0])])
+    told.warnings += prompt_warnings(prompts[0])
     return check_prompt(prompts[0]), negative, float(cfg)
 
 

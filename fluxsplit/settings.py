@@ -86,16 +86,19 @@ def _integer_or_text(value: Any) -> str:
     return str(value) if type(value) is int else _text(value)
 
 
-SHARED: dict[str, Reader] = {
+_FILES: dict[str, Reader] = {
     "model": _text,
     "text_encoder": _text,
     "clip": _text,
     "vae": _text,
     "tokenizers": _text,
     "comfyui": _text,
-    "device": _text,
-    "quiet": _switch,
 }
+_EVERYWHERE: dict[str, Reader] = {"device": _text, "quiet": _switch}
+SHARED: dict[str, Reader] = (
+    _FILES | _EVERYWHERE | {"vram": _text, "vae_dtype": _text, "format": _text, "cache": _switch}
+)
+"""What means the same to every command that has it; each takes of these what is in its own table."""
 _SAMPLE: dict[str, Reader] = {
     "cfg": _number,
     "negative": _text,
@@ -144,30 +147,26 @@ _DECODE: dict[str, Reader] = {
 _ENCODE: dict[str, Reader] = {"vae_dtype": _text, "vram": _text, "fit": _text, "out": _text, "format": _text}
 _UPSCALE_ALONE: dict[str, Reader] = {
     "comfyui": _text,
-    "device": _text,
-    "quiet": _switch,
     "dtype": _text,
     "out": _text,
     "overwrite": _switch,
     "tile": _integer_or_text,
     "vram": _text,
-}
+} | _EVERYWHERE
 _PEEK: dict[str, Reader] = {
     "decoder": _text,
     "comfyui": _text,
-    "device": _text,
-    "quiet": _switch,
     "out": _text,
     "overwrite": _switch,
-}
-_TEXT_FILES = ("text_encoder", "clip", "tokenizers")
+} | _EVERYWHERE
+_VAE_FILES = {name: _FILES[name] for name in ("model", "vae", "comfyui")}
 DEFAULTS: dict[str, dict[str, Reader]] = {
     "": SHARED,
-    "sample": SHARED | _SAMPLE,
-    "preview": SHARED | _PREVIEW,
-    "rerender": SHARED | _RERENDER,
-    "decode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _DECODE,
-    "encode": {key: reader for key, reader in SHARED.items() if key not in _TEXT_FILES} | _ENCODE,
+    "sample": _FILES | _EVERYWHERE | _SAMPLE,
+    "preview": _FILES | _EVERYWHERE | _PREVIEW,
+    "rerender": _FILES | _EVERYWHERE | _RERENDER,
+    "decode": _VAE_FILES | _EVERYWHERE | _DECODE,
+    "encode": _VAE_FILES | _EVERYWHERE | _ENCODE,
     "upscale": _UPSCALE | _UPSCALE_ALONE,
     "peek": _PEEK,
 }
@@ -295,7 +294,7 @@ def _environment_tables(environment: Mapping[str, str]) -> dict[str, Values]:
             continue
         if variable not in names:
             of_commands = [name for name in names if name.endswith("_" + variable.removeprefix(PREFIX))]
-            hint = f"it is {' or '.join(of_commands[:3])}" if of_commands else nearest(variable, names)
+            hint = f"it is {' or '.join(of_commands)}" if of_commands else nearest(variable, names)
             raise UsageError(f"environment variable {variable} is not a setting", hint)
         table, key = names[variable]
         tables.setdefault(table, {})[key] = _read(key, value, DEFAULTS[table][key], f"the environment ({variable})")
@@ -323,7 +322,9 @@ def _read_values(table: Values, readers: Mapping[str, Reader], where: str) -> Va
     for spelled, value in table.items():
         key = spelled.replace("-", "_")
         if key not in readers:
-            raise UsageError(f"unknown setting {spelled!r} in {where}", _unknown_hint(key, readers))
+            known = any(key in table for table in WORKFLOW.values())
+            what = f"setting {spelled!r} is out of place" if known else f"unknown setting {spelled!r}"
+            raise UsageError(f"{what} in {where}", _unknown_hint(key, readers))
         if key in values:
             raise UsageError(f"setting {spelled!r} stands twice in {where}")
         values[key] = _read(spelled, value, readers[key], where)

@@ -26,6 +26,8 @@ from fluxsplit.single_files import Failures, tell_planned
 from fluxsplit.tiles import SMALLEST_TILE_PX, largest_tile, smallest_bytes
 from fluxsplit.upscale import Tiling, Upscaler, enlarge, tile_count
 
+STRETCHED = 0.02
+"""By how much the ratio of the sides may change without a word."""
 MAX_OUTPUT_PIXELS = 1 << 30
 """3 GB of bytes; PNG itself would allow more."""
 
@@ -108,6 +110,9 @@ def _upscale(here: _Run, path: str, number: int) -> None:
     levels = enlarge(network, _pixels(picture), plan.tiling, on_tile)
     if network.dtype != asked:
         events.send("note", text=f"{Path(path).name} was computed in fp32: {DTYPE_NAMES[asked]} gave NaN or infinity")
+    if abs(width * picture.height / (height * picture.width) - 1) > STRETCHED:
+        text = f"{Path(path).name} is pulled: {width}x{height} is another ratio than {picture.width}x{picture.height}"
+        events.send("note", text=text)
     image = picture_file.resized(Image.fromarray(levels.numpy()), width, height)
     if picture.image.mode != "RGB":
         image = image.convert("L")

@@ -16,6 +16,7 @@ from fluxsplit.recipe import VAE_FACTOR
 
 PIXEL_BYTES = {"cpu": {4: 4000, 2: 2100}, "card": {4: 4000, 2: 3200}}
 """By the size of a value."""
+LIBRARIES_BYTES = 100_000_000
 LARGER = 4 / 3
 """Of a tile's rows and columns diffusers keeps three quarters; those of all tiles are together before they are cut."""
 
@@ -44,7 +45,7 @@ def plan_tiles(
     item = DTYPE_BYTES[dtype]
     pixel_bytes = PIXEL_BYTES["cpu" if device.kind == "cpu" else "card"][item]
     picture = math.prod(size) * 3 * item
-    fixed = parameters * item + math.ceil(picture * (LARGER**2 + 1))
+    fixed = LIBRARIES_BYTES + parameters * item + math.ceil(picture * (LARGER**2 + 1))
     area = math.prod(min(side, tile) for side in size)
     peak = fixed + area * pixel_bytes
     if peak > budget_bytes:

@@ -224,6 +224,25 @@ def test_usage_errors_of_the_parser(run: Run, words: list[str]) -> None:
 def test_an_empty_pipe_is_no_prompt(run: Run) -> None:
     ran = run("sample", stdin="\n# nothing\n")
     assert (ran.code, ran.err) == (2, "fluxsplit: stdin holds no prompt; write one prompt a line\n")
+    assert "there is no prompt; give one, as --prompt" in run("sample", stdin="\n").err
+    alone = run("sample", "a red circle")
+    assert alone.code == 2 and "(a red circle); a prompt is given as --prompt" in alone.err
+
+
+def test_a_folder_of_previews_stands_for_its_latents(run: Run, home: Path) -> None:
+    run("preview", "-p", "a", "--seed", "1..2")
+    for folder in ("previews", "previews/latents"):
+        ran = run("decode", folder)
+        assert [Path(name).name for name in ran.job("decode")["latents"]] == ["0001.pt", "0002.pt"], ran.err
+
+
+def test_the_gallery_checks_what_it_is_given_before_it_starts(run: Run, home: Path) -> None:
+    (home / "previews").mkdir()
+    (home / "file").touch()
+    wrong = run("gallery", "--no-open", "--rerender", "--modle x")
+    assert wrong.code == 2 and "No such option: --modle" in wrong.err and wrong.out == []
+    wrong = run("gallery", "--no-open", "--renders", "file")
+    assert wrong.code == 2 and "--renders file is not a folder" in wrong.err
 
 
 def real_model(folder: Path, shapes: Shapes | None = None) -> Path:
@@ -672,7 +691,9 @@ def test_names_on_stdin_may_be_divided_by_nul(run: Run) -> None:
 
 
 def test_a_lora_in_a_prompt_is_told(run: Run) -> None:
-    assert "fluxsplit has none" in run("sample", "-p", "a fox <lora:detail:0.8>").err
+    for more in ("<lora:detail:0.8>", "embedding:x", "{red|blue}", "__colour__", "BREAK in it"):
+        assert "fluxsplit has no such thing" in run("sample", "-p", f"a fox {more}").err, more
+    assert "no such thing" not in run("sample", "-p", "a {fox} with snake__case and (emphasis:1.2), BREAKING").err
     assert "LoRA" not in run("sample", "-p", "a fox").err
 
 

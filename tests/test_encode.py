@@ -117,10 +117,10 @@ def test_tiles_that_do_not_fit_are_refused_before_they_are_computed(tmp_path: Pa
     recorder = Recorder()
     stage_decode.run(job, recorder)  # type: ignore[arg-type]
     (failed,) = recorder.of("failed")
-    assert "tiles of 1024 pixels need 4,2" in failed["message"] and "for 1024x1024 in fp32" in failed["message"]
+    assert "tiles of 1024 pixels need 4,3" in failed["message"] and "for 1024x1024 in fp32" in failed["message"]
     assert ("give --tile" in failed["hint"]) == (vram == "300M") and "leave out --tile" in failed["hint"]
     stage_decode.run(replace(job, vram="16G", dry_run=False, tile=64), recorder)  # type: ignore[arg-type]
-    assert recorder.of("plan")[0]["text"].startswith("fp32, in tiles of 64 pixels, peak 0.0")
+    assert recorder.of("plan")[0]["text"].startswith("fp32, in tiles of 64 pixels, peak 0.1")
     assert recorder.of("plan")[0]["smaller"] is None
 
 

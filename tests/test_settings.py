@@ -51,7 +51,8 @@ def test_keys_are_spelled_as_the_flags_or_with_underscores(home: dict[str, str],
     [
         ('modle = "x"', "unknown setting 'modle' in .*fluxsplit.toml; did you mean model"),
         ("[sample]\nstep = 4", r"unknown setting 'step' in \[sample\] of .*; did you mean steps"),
-        ("[decode]\nsteps = 4", r"unknown setting 'steps' in \[decode\]"),
+        ("[decode]\nsteps = 4", r"setting 'steps' is out of place in \[decode\]"),
+        ("steps = 4", r"'steps' is out of place in .*; it belongs in \[sample\] or \[preview\]"),
         ("steps = 4", r"it belongs in \[sample\]"),
         ('[sample]\nprompt = "x"', "it belongs to one run"),
         ("seed = 4", "it belongs to one run"),
@@ -131,7 +132,7 @@ def test_a_workflow(tmp_path: Path) -> None:
         ("[sample]\n[decode]\n", "holds 'sample', 'decode'"),
         ("[smaple]\n", "holds 'smaple'"),
         ("sample = 3", "holds 'sample'"),
-        ('[decode]\nprompt = "x"', "unknown setting 'prompt'"),
+        ('[decode]\nprompt = "x"', "'prompt' is out of place in"),
         ("[sample]\nseed = 1.5", "'seed'"),
     ],
 )
@@ -159,7 +160,7 @@ def test_the_shipped_workflows_spell_out_every_setting(command: str) -> None:
 
 
 def test_settings_of_files_are_settings_of_workflows() -> None:
-    assert set(DEFAULTS[""]) <= set(DEFAULTS["sample"])
+    assert set(DEFAULTS[""]) <= {name for command in COMMANDS for name in DEFAULTS[command]}
     for command in COMMANDS:
         assert set(DEFAULTS[command]) <= set(WORKFLOW[command])
 
@@ -167,6 +168,16 @@ def test_settings_of_files_are_settings_of_workflows() -> None:
 def test_what_decode_does_not_read_may_stand_at_the_top(home: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "fluxsplit.toml").write_text('clip = "clip_l"\nvae = "ae"\n')
     assert defaults("decode", home, tmp_path) == {"vae": "ae"}
+
+
+@pytest.mark.parametrize("command", ["sample", "preview", "rerender", "decode", "encode", "upscale"])
+def test_memory_is_set_once_for_all(command: str, home: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "fluxsplit.toml").write_text('vram = "7G"\nvae-dtype = "fp32"\n')
+    got = defaults(command, home, tmp_path)
+    assert got["vram"] == "7G" and ("vae_dtype" in got) == (command not in ("sample", "upscale"))
+    assert defaults(command, home | {"FLUXSPLIT_VRAM": "6G"}, tmp_path)["vram"] == "6G"
+    (tmp_path / "fluxsplit.toml").write_text(f'vram = "7G"\n[{command}]\nvram = "5G"\n')
+    assert defaults(command, home, tmp_path)["vram"] == "5G"
 
 
 def test_the_cache_folder_is_no_setting(home: dict[str, str], tmp_path: Path) -> None:

@@ -567,3 +567,12 @@ def test_a_plan_that_did_not_hold_is_followed_by_smaller_tiles(weights: dict[str
     plans = [staged(replace(job, smaller=smaller, out=str(tmp_path / str(smaller))))[0] for smaller in (0, 1)]
     assert [plan["smaller"] for plan in plans] == [{"smaller": 1}, {"smaller": 2}]
     assert "tiles of 256 pixels" in plans[0]["text"] and "tiles of 128 pixels" in plans[1]["text"]
+
+
+def test_a_size_of_another_ratio_is_told(weights: dict[str, Path], tmp_path: Path) -> None:
+    of_kind("RGB").resize((30, 20)).save(tmp_path / "a.png")
+    job = UpscaleJob((str(tmp_path / "a.png"),), str(weights["x2"]), "cpu", width=50, height=50)
+    texts = [event["text"] for event in staged(job) if event["event"] == "note"]
+    assert texts == ["a.png is pulled: 50x50 is another ratio than 30x20"]
+    told = staged(replace(job, width=59, height=39, out=str(tmp_path / "o")))
+    assert not [event for event in told if event["event"] == "note"]
