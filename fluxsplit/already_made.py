@@ -6,13 +6,18 @@ A recipe has resolved what a job may leave to the model, so that here the same r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fluxsplit import defaults
 from fluxsplit.checkpoint import describe, part, variant_of
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.fingerprint import remembered_sha256, stamp_of
 from fluxsplit.jobs import ImageJob
+from fluxsplit.latents import SUFFIXES, read_latent
 from fluxsplit.recipe import Recipe, WeightsStamp
 
 
@@ -65,6 +70,27 @@ class Renderer:
 
 
 _SAME = ("prompt", "negative", "seed", "width", "height", "cfg", "sampler", "noise_index", "start")
+
+
+def made_in(folder: Path, images: Sequence[ImageJob], renderer: Renderer) -> dict[int, Path]:
+    """Latents of a folder that are what jobs ask for, by the number of the job; each for one job."""
+    found: dict[int, Path] = {}
+    if not folder.is_dir():
+        return found
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in SUFFIXES.values() and (recipe := _recipe_of(file)) is not None:
+            number = next(
+                (n for n, image in enumerate(images) if n not in found and renderer.made(recipe, image)), None
+            )
+            if number is not None:
+                found[number] = file
+    return found
+
+
+def _recipe_of(file: Path) -> Recipe | None:
+    with suppress(FluxsplitError):
+        return read_latent(file).recipe
+    return None
 
 
 def renderer_of(transformer: str, dtype: str, device: str) -> Renderer:

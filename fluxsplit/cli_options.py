@@ -281,6 +281,14 @@ Fetch = Annotated[
     bool | None,
     typer.Option("--fetch/--no-fetch", rich_help_panel=UPSCALING, help="Download published weights that are missing."),
 ]
+SkipExisting = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-existing/--no-skip-existing",
+        rich_help_panel=OUTPUT,
+        help="Leave out what the folder holds already, made with the same settings.",
+    ),
+]
 Peek = Annotated[
     bool | None,
     typer.Option("--peek/--no-peek", rich_help_panel=OUTPUT, help="Write a small preview beside each latent."),

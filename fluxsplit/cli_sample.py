@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable, places
+from fluxsplit.already_made import made_in, renderer_of
 from fluxsplit.arguments import (
     MAX_IMAGES,
     check_cfg,
@@ -29,6 +31,7 @@ from fluxsplit.arguments import (
 from fluxsplit.checkpoint import part, variant_of
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
+from fluxsplit.latents import read_latent
 from fluxsplit.memory import check_budget
 from fluxsplit.models import DEMO, Wanted, resolve
 from fluxsplit.progress import Progress
@@ -46,13 +49,50 @@ DEMO_SIZE = "256x256"
 def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and render, or show the plan; returns the exit code."""
     plan = plan_sample(given, defaults)
+    if (defaults | given).get("skip_existing"):
+        plan = _without_existing(plan, progress)
+    if not plan.images:
+        return 0
     if given.get("dry_run"):
         return only_planned(plan, given, progress)
-    code = run_sample_and_taef1(plan, progress) if plan.taef1 else run_sample(plan, progress)
+    with _how_to_go_on(plan, given, progress):
+        code = run_sample_and_taef1(plan, progress) if plan.taef1 else run_sample(plan, progress)
     if progress.results and sys.stdout.isatty():  # not where a pipe takes them on
         latents = [path for path in progress.results if not path.endswith(".png")]  # beside them may be peeks
         progress.note(f"to see what was made: {decoding(latents, given)}")
     return code
+
+
+@contextmanager
+def _how_to_go_on(plan: Plan, given: dict[str, Any], progress: Progress) -> Iterator[None]:
+    """Where it is ended early, say how what is finished need not be made again."""
+    before = len(progress.results)
+    try:
+        yield
+    except BaseException:
+        done = sum(not path.endswith(".png") for path in progress.results[before:])
+        if 0 < done < len(plan.images):
+            seed = "" if given.get("seed") else f"--seed {plan.images[0].seed} and "
+            progress.note(
+                f"{done} of {len(plan.images)} are finished; the same command with {seed}--skip-existing goes on"
+            )
+        raise
+
+
+def _without_existing(plan: Plan, progress: Progress) -> Plan:
+    """The plan without what its folder holds already; that is told as results."""
+    renderer = renderer_of(plan.files.transformer, plan.dtype, plan.device)
+    found = made_in(Path(plan.out), plan.images, renderer)
+    for path in found.values():
+        recipe = read_latent(path).recipe
+        progress.show({"event": "result", "path": str(path), "recipe": recipe and recipe.to_object()})
+    if found:
+        progress.note(f"{len(found)} of {len(plan.images)} are in {plan.out} already")
+    images = tuple(image for number, image in enumerate(plan.images) if number not in found)
+    texts = {text for image in images for text in (image.prompt, image.negative)}
+    kept = [(text, file) for text, file in zip(plan.prompts, plan.conditionings, strict=True) if text in texts]
+    prompts, conditionings = zip(*kept, strict=True) if kept else ((), ())
+    return replace(plan, images=images, prompts=prompts, conditionings=conditionings)
 
 
 def is_demo(values: dict[str, Any]) -> bool:

@@ -17,7 +17,8 @@ from fluxsplit.model_sizes import Model, read_model
 from fluxsplit.progress import bytes_text
 from fluxsplit.sample_plan import Plan
 from fluxsplit.sample_run import cached
-from fluxsplit.work import tokens_of, work_of
+from fluxsplit.text_plan import plan_text
+from fluxsplit.work import MIN_TEXT_TOKENS, tokens_of, work_of
 
 _TITLES = {"transformer": "transformer", "text_encoder": "T5", "clip": "CLIP", "vae": "VAE"}
 _KINDS = {"transformer": "transformer", "text_encoder": "t5", "clip": "clip", "vae": "vae"}
@@ -129,13 +130,24 @@ def print_plan(plan: Plan) -> None:
     console.print(files)
     console.print(images)
     placed = Table("memory", "bytes", "what", title=f"{device.name}, {memory.text()}")
-    for row in memory_rows(memory, model):
+    for row in (*text_rows(plan, device), *memory_rows(memory, model)):
         placed.add_row(*row)
     console.print(placed)
     names = [image["name"] for image in shown["images"]]
     which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     pictures = f", pictures into {Path(plan.out).parent}" if plan.images[0].stem else ""
     console.print(Text(f"latents into {plan.out} as {which}{pictures}"), soft_wrap=True)
+
+
+def text_rows(plan: Plan, device: DeviceInfo) -> list[tuple[str, str, str]]:
+    """What encoding takes of a card before the transformer comes; prompts are taken for as long as T5 pads them."""
+    wanted = set(plan.prompts) - cached(plan).keys()
+    if device.kind == "cpu" or not wanted:
+        return []
+    files = part(plan.files.text_encoder, "t5"), part(plan.files.clip, "clip")
+    text = plan_text(*files, [MIN_TEXT_TOKENS] * len(wanted))
+    where = "" if text.peak_bytes <= budget_bytes(plan.vram, device) else "; on the CPU, as the card has not as much"
+    return [("text encoders", bytes_text(text.peak_bytes), f"{text.text()}, before all that follows{where}")]
 
 
 def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:

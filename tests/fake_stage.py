@@ -103,6 +103,7 @@ def sample(job: SampleJob) -> tuple[int, int]:
             parent=image.parent,
         )
         say("result", number=number, path=str(path), recipe=json.loads(recipe.to_json()))
+        _fail_at_the_second("sample", 0)
     return len(job.images) - failures, failures
 
 

@@ -655,6 +655,15 @@ def test_workflow_files(run: Run, home: Path) -> None:
     assert (ran.code, "did you mean latents?" in ran.err) == (2, True)
 
 
+def test_where_sampling_ends_early_it_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "sample ends at the second")
+    ran = run("sample", "-p", "a", "--seed", "1..3")
+    assert ran.code == 1 and "1 of 3 are finished; the same command with --skip-existing goes on" in ran.err
+    drawn = run("sample", "-p", "a", "-n", "3")
+    assert f"the same command with --seed {drawn.images[0]['seed']} and --skip-existing goes on" in drawn.err
+    monkeypatch.delenv("FAKE_FAIL")
+
+
 def test_flags_behind_a_workflow_file_overrule_it(run: Run, home: Path) -> None:
     (home / "s.toml").write_text('[sample]\nprompt = "a"\nseed = [7, 8]\nsize = "64x64"\n')
     ran = run("run", "s.toml", "--seed", "9", "-n", "2", "--size", "32x32", "-q")

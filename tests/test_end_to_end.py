@@ -354,3 +354,20 @@ def test_enlarged_copies_in_a_folder_are_not_rendered_or_encoded_once_more(tmp_p
     assert [Path(line).name for line in again.stdout.splitlines()] == ["0001-96x96.png"], again.stderr
     encoded = fluxsplit("encode", "previews", cwd=tmp_path)
     assert [Path(line).name for line in encoded.stdout.splitlines()] == ["0001.pt"], encoded.stderr
+
+
+def test_what_a_folder_holds_already_is_left_out(tmp_path: Path) -> None:
+    words = ("sample", "-p", PROMPT, "-p", "a blue circle", "--seed", "7", "-n", "2", "--size", "64x64")
+    first = fluxsplit(*words, cwd=tmp_path)
+    paths = first.stdout.splitlines()
+    assert first.returncode == 0 and len(paths) == 4
+    everything = fluxsplit(*words, "--skip-existing", cwd=tmp_path)
+    assert sorted(everything.stdout.splitlines()) == sorted(paths) and "4 of 4 are in" in everything.stderr
+    Path(paths[1]).unlink()
+    one = fluxsplit(*words, "--skip-existing", "--json", cwd=tmp_path)
+    made = [json.loads(line) for line in one.stdout.splitlines()]
+    assert "3 of 4 are in" in one.stderr and len(made) == 4
+    assert (made[-1]["recipe"]["prompt"], made[-1]["recipe"]["seed"]) == (PROMPT, 8)
+    assert len(list((tmp_path / "latents").iterdir())) == 4
+    other = fluxsplit(*words, "--skip-existing", "--steps", "3", cwd=tmp_path)
+    assert other.returncode == 0 and "already" not in other.stderr and len(other.stdout.splitlines()) == 4

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import synthetic_checkpoint
-from fluxsplit import checkpoint, fp8, text
+from fluxsplit import checkpoint, fp8, stage_text, text
 from fluxsplit.conditioning import Conditioning
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.held_memory import CARD_BASE_BYTES
 from fluxsplit.jobs import TextJob
+from fluxsplit.memory import DeviceInfo
 from fluxsplit.models import demo_files
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.stage_text import _check
 from fluxsplit.stored_layers import StoredLinear
-from fluxsplit.streaming import Streaming
+from fluxsplit.streaming import Streaming, layout
 from fluxsplit.text import MAX_TOKENS, T5, T5Tokens
+from fluxsplit.text_plan import plan_text
 from fluxsplit.weights import WeightFiles
 
 CPU = torch.device("cpu")
@@ -137,3 +143,67 @@ def test_streamed_on_a_card(t5_file: Path) -> None:
     for own, wanted in zip(t5.encode(PROMPTS), resident.encode(PROMPTS), strict=True):
         assert torch.allclose(own.cpu(), wanted, rtol=0, atol=1e-3)
     loader.close()
+
+
+def test_what_encoding_takes_of_a_card_is_planned(t5_file: Path) -> None:
+    """The slots are as large as the largest block is stored; CLIP is there when T5 is gone."""
+    t5, clip = checkpoint.part(t5_file, "t5"), checkpoint.part(demo_files().clip, "clip")
+    plan = plan_text(t5, clip, [256])
+    blocks = encoder(t5_file)[0].blocks
+    aligned = 4096  # each matrix begins at a multiple of 256
+    assert plan.slot_bytes + aligned >= max(layout(block).bytes for block in blocks) > 0
+    assert plan.peak_bytes == CARD_BASE_BYTES + max(plan.t5_bytes, plan.clip_bytes)
+    assert plan_text(t5, clip, [256, 256]).t5_bytes - plan.t5_bytes == 4 * 256 * t5.shape("shared.weight")[1]
+    assert plan_text(t5, clip, [2048]).t5_bytes > 10 * plan_text(t5, clip, [512]).t5_bytes - 10 * plan.t5_bytes
+
+
+class Told(list[dict[str, Any]]):
+    def send(self, event: str, **fields: Any) -> None:
+        self.append({"event": event, **fields})
+
+
+@pytest.mark.parametrize(("vram", "kind"), [("2G", "cuda"), ("100M", "cpu")])
+def test_text_goes_to_the_cpu_where_a_card_has_no_room(
+    t5_file: Path, vram: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = DeviceInfo("cuda", "a card", 4 * 10**9, 8 * 10**9)
+    kept: list[int] = []
+    monkeypatch.setattr(stage_text, "pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(stage_text, "device_info", lambda device: card)
+    monkeypatch.setattr(stage_text, "keep_within", lambda budget, device: kept.append(budget))
+    plan = plan_text(checkpoint.part(t5_file, "t5"), checkpoint.part(demo_files().clip, "clip"), [256])
+    told = Told()
+    device = stage_text._device(_job(t5_file, vram=vram), plan, told)  # type: ignore[arg-type]
+    assert device.type == kind
+    if kind == "cuda":
+        assert kept == [2 * 10**9] and told == [{"event": "plan", "text": plan.text(), "smaller": {"device": "cpu"}}]
+    else:
+        assert not kept and "text is encoded on the CPU" in told[0]["text"] and "0.10 GB of a card" in told[0]["text"]
+
+
+def _job(t5_file: Path, **changes: Any) -> TextJob:
+    demo = demo_files()
+    return TextJob(("a",), ("",), str(t5_file), demo.clip, demo.t5_tokenizer, demo.clip_tokenizer, "auto", **changes)
+
+
+@pytest.mark.parametrize("part", ["t5", "clip"])
+def test_no_text_is_kept_of_an_encoder_that_changes_meanwhile(part: str, tmp_path: Path) -> None:
+    demo, files = demo_files(), {}
+    for name in ("t5", "clip"):
+        files[name] = Path(shutil.copy(demo.transformer, tmp_path / f"{name}.safetensors"))
+
+    class Damaging(Told):
+        def send(self, event: str, **fields: Any) -> None:
+            super().send(event, **fields)
+            if event == "text" and fields["done"] == 1:  # CLIP is about to begin
+                with files[part].open("r+b") as stream:
+                    stream.seek(-8, os.SEEK_END)
+                    stream.write(bytes(8))
+
+    output = tmp_path / "out.safetensors"
+    job = TextJob(
+        ("a",), (str(output),), str(files["t5"]), str(files["clip"]), demo.t5_tokenizer, demo.clip_tokenizer, "cpu"
+    )
+    with pytest.raises(FluxsplitError, match="was changed during the run"):
+        stage_text.run(job, Damaging())  # type: ignore[arg-type]
+    assert not output.exists()
