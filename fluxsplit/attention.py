@@ -59,7 +59,7 @@ def attend_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """softmax(query keyᵀ / √D) value, all [B, L, H, D] in one dtype, the result as well, in the quickest way here."""
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and _has_quick_bf16_products_only():
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and has_quick_bf16_products_only():
         return attend_by_heads(query, key, value)
     mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return mixed.transpose(1, 2)
@@ -76,16 +76,26 @@ def attend_by_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         for start in range(0, tokens, rows):
             queries = query[one, start : start + rows, head]
             rounded, off, scores, shares = (both[: len(queries)] for both in (*narrow, *wide))
-            torch.mm(queries, keys, out=rounded)
-            torch.addmm(rounded, queries, keys, beta=-1, out=off)
-            scores.copy_(rounded).add_(off).mul_(1 / math.sqrt(width))
+            scores_of(queries, keys, rounded, off, scores).mul_(1 / math.sqrt(width))
             torch.softmax(scores, dim=-1, out=shares)
             out[one, start : start + rows, head] = rounded.copy_(shares) @ values
     return out
 
 
+def scores_of(
+    queries: torch.Tensor, keys: torch.Tensor, rounded: torch.Tensor, off: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
+    """queries [n, D] times keys [D, m], both bf16, to 16 digits in `scores` [n, m] fp32, which is returned.
+
+    `rounded` and `off`, bf16 [n, m], hold the two products that it is the sum of.
+    """
+    torch.mm(queries, keys, out=rounded)
+    torch.addmm(rounded, queries, keys, beta=-1, out=off)
+    return scores.copy_(rounded).add_(off)
+
+
 @functools.cache
-def _has_quick_bf16_products_only() -> bool:
+def has_quick_bf16_products_only() -> bool:
     """Whether this CPU multiplies bf16 quickly and torch's fused attention does not, which it does with AMX."""
     quick = torch.cpu._is_avx512_bf16_supported() and torch.backends.mkldnn.is_available()
     return quick and not torch.cpu._is_amx_tile_supported() and _subtracts_before_rounding()

@@ -21,6 +21,7 @@ from fluxsplit.decode_plan import VaePlan, attention_tokens, strip_rows
 from fluxsplit.group_norm import Affine, Moments
 from fluxsplit.memory import PINNED_SHARE, free_ram_bytes
 from fluxsplit.planes import Home, Plane, give_back_freed, sent
+from fluxsplit.vae_attention import BlockedAttention
 from fluxsplit.vae_passes import Pass
 
 TRIM_STRIPS = 8
@@ -71,7 +72,6 @@ class Strips:
         """`layer` gives a parameter by name, in the dtype and on the device; `folder` is for planes on disk."""
         self._plan, self._dtype, self._device, self._groups = plan, dtype, device, groups
         self._layer = layer
-        self._buffers: dict[str, torch.Tensor] = {}
         self._home = Home(
             plan.home,
             device,
@@ -180,7 +180,7 @@ class Strips:
         affine = self._affine(one)
         assert affine is not None
         queries, keys = attention_tokens(one, self._dtype.itemsize, self._plan.strip_bytes)
-        queries = max(1, queries // one.width)
+        queries, attention = max(1, queries // one.width), BlockedAttention(self._dtype, self._device, keys)
         projected = [self.plane(one.height, one.width, one.inputs) for _ in range(2)]
         for start in range(0, one.height, queries):
             stop = min(start + queries, one.height)
@@ -190,13 +190,12 @@ class Strips:
             yield 0.0
         for start in range(0, one.height, queries):
             stop = min(start + queries, one.height)
-            query = self._linear(one, "to_q", self._tokens(one, affine, start, stop)).float() * one.inputs**-0.5
-            seen = self._attend(query, projected[0], projected[1], keys)
+            query = self._linear(one, "to_q", self._tokens(one, affine, start, stop))
+            seen = attention.means(query, *projected)
             target.put(start, self._linear(one, "to_out.0", seen.to(self._dtype)).view(stop - start, one.width, -1))
             yield stop / one.height
         for plane in projected:
             plane.close()
-        self._buffers.clear()
 
     def _tokens(self, one: Pass, affine: Affine, start: int, stop: int) -> torch.Tensor:
         rows = torch.empty((stop - start, one.width, one.inputs), dtype=self._dtype, device=self._device)
@@ -207,40 +206,6 @@ class Strips:
     def _linear(self, one: Pass, name: str, tokens: torch.Tensor) -> torch.Tensor:
         weight = self._layer(f"{one.weights}.{name}.weight").view(one.outputs, one.inputs)
         return F.linear(tokens, weight, self._layer(f"{one.weights}.{name}.bias"))
-
-    def _attend(self, query: torch.Tensor, keys: Plane, values: Plane, together: int) -> torch.Tensor:
-        """Weighted means of values [n, C] in fp32 for queries [n, C] that are scaled already."""
-        highest = query.new_full((len(query), 1), -torch.inf)
-        total = torch.zeros_like(highest)
-        gathered = torch.zeros_like(query)
-        for some_keys, some_values in self._widened(keys, values, together):
-            shape = torch.Size((len(query), len(some_keys)))
-            scores = torch.mm(query, some_keys.T, out=self._buffer("scores", shape))
-            higher = torch.maximum(highest, scores.amax(1, keepdim=True))
-            shares = scores.sub_(higher).exp_()
-            fade = (highest - higher).exp_()
-            total.mul_(fade).add_(shares.sum(1, keepdim=True))
-            gathered.mul_(fade).addmm_(shares, some_values)
-            highest = higher
-        return gathered.div_(total)
-
-    def _widened(self, keys: Plane, values: Plane, together: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All keys and values in fp32, each [n, C], n being `together` at most."""
-        both = zip(keys.pieces(0, keys.height), values.pieces(0, values.height), strict=True)
-        for (_, key), (_, value) in both:
-            flat = (sent(piece, self._device).reshape(-1, keys.channels) for piece in (key, value))
-            for some_keys, some_values in zip(*(piece.split(together) for piece in flat), strict=True):
-                if some_keys.dtype != torch.float32:
-                    some_keys = self._buffer("keys", some_keys.shape).copy_(some_keys)  # noqa: PLW2901
-                    some_values = self._buffer("values", some_values.shape).copy_(some_values)  # noqa: PLW2901
-                yield some_keys, some_values
-
-    def _buffer(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Memory in fp32 that attention uses again and again; new pieces would leave holes, half a million times."""
-        held = self._buffers.get(name)
-        if held is None or held.numel() < shape.numel():
-            held = self._buffers[name] = torch.empty(shape.numel(), device=self._device)
-        return held[: shape.numel()].view(shape)
 
     def _kernel(self, layer: str) -> torch.Tensor:
         weight = self._layer(f"{layer}.weight")

@@ -83,7 +83,7 @@ def test_heads_one_by_one_are_as_exact_as_torchs_own(spread: float, rows: int, m
     assert (got.double() - exact).abs().mean() < 1.5 * (theirs.double() - exact).abs().mean()
 
 
-@pytest.mark.skipif(not attention._has_quick_bf16_products_only(), reason="heads come one by one on other CPUs")
+@pytest.mark.skipif(not attention.has_quick_bf16_products_only(), reason="heads come one by one on other CPUs")
 def test_scores_have_twice_the_digits_of_bf16() -> None:
     """Rounded to bf16, these scores of 90 differ by 0.5 at least, and shares of e to that."""
     tensors = heads_of(64, torch.bfloat16, seed=3, spread=3.0)
@@ -103,7 +103,7 @@ def test_heads_come_one_by_one_where_only_that_is_quick(monkeypatch: pytest.Monk
     taken: list[bool] = []
     monkeypatch.setattr(attention, "attend_by_heads", lambda *heads: (taken.append(True), attend_by_heads(*heads))[1])
     for quick in (False, True):
-        monkeypatch.setattr(attention, "_has_quick_bf16_products_only", lambda quick=quick: quick)
+        monkeypatch.setattr(attention, "has_quick_bf16_products_only", lambda quick=quick: quick)
         attend(*tensors)
         attend(*(tensor.float() for tensor in tensors))
         assert len(taken) == int(quick)

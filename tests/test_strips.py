@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 import synthetic_checkpoint
-from fluxsplit import checkpoint
+from fluxsplit import checkpoint, vae_attention
 from fluxsplit.convolution import convolve, phase_kernels
 from fluxsplit.decode_plan import VaePlan, block_size, blocks_held
 from fluxsplit.errors import FluxsplitError
@@ -321,3 +321,29 @@ def test_a_card_that_may_pin_no_more_goes_on() -> None:
     pinned = torch.empty(8 << 20, dtype=torch.uint8, pin_memory=True)
     assert not pin(pinned), "it is pinned already"
     assert float(torch.ones(4, device=device).sum()) == 4
+
+
+@pytest.mark.parametrize("in_bf16", [False, True])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_means_by_blocks_are_those_of_the_whole_softmax(
+    in_bf16: bool, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 scores have 16 digits: with the 8 that products of bf16 give, a score of 40 is off by an eighth."""
+    if in_bf16 and not vae_attention.has_quick_bf16_products_only():
+        pytest.skip("this CPU multiplies otherwise")
+    monkeypatch.setattr(vae_attention, "has_quick_bf16_products_only", lambda: in_bf16)
+    random = torch.Generator().manual_seed(0)
+    home = Home("device", CPU)
+    query, keys, values = (torch.randn(12 * 25, 64, generator=random).mul(spread).bfloat16() for _ in range(3))
+    planes = [Plane((12, 25, 64), torch.bfloat16, home) for _ in range(2)]
+    for plane, tokens in zip(planes, (keys, values), strict=True):
+        for start, piece in plane.pieces(0, 12):
+            piece.copy_(tokens.view(12, 25, 64)[start : start + len(piece)])
+    scores = query.double() @ keys.double().T / 8
+    wanted = scores.softmax(1) @ values.double()
+    got = vae_attention.BlockedAttention(torch.bfloat16, CPU, 70).means(query, *planes)
+    error = (got - wanted).abs().max() / wanted.abs().max()
+    assert got.dtype == torch.float32 and error < (0.01 if in_bf16 else 1e-4)
+    in_8_digits = scores.bfloat16().double().softmax(1) @ values.double()
+    if spread > 1:
+        assert (in_8_digits - wanted).abs().max() > 3 * (got - wanted).abs().max(), "so that it would be seen"
