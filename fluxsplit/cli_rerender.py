@@ -23,7 +23,7 @@ from fluxsplit.jobs import EncodeJob, ImageJob, ModelFiles, absolute
 from fluxsplit.latents import read_latent
 from fluxsplit.memory import check_budget
 from fluxsplit.metadata import ImageRecord
-from fluxsplit.models import resolve_vae
+from fluxsplit.models import DEMO, resolve_vae
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, Recipe
 from fluxsplit.rerender_orders import Order, read_orders, texts_of
@@ -126,7 +126,7 @@ def _planned(orders: Sequence[Order], values: dict[str, Any], out: Path) -> _Pla
     groups: dict[tuple[ModelFiles, str, Encoders | None], list[Order]] = {}
     for order in orders:
         groups.setdefault((order.files, order.dtype, order.encoders), []).append(order)
-    names, plans, pictures, latents = _Names(out), list[Plan](), dict[str, None](), dict[str, None]()
+    names, plans, pictures, latents = _Names(out, values), list[Plan](), dict[str, None](), dict[str, None]()
     for (files, dtype, encoders), members in groups.items():
         images, renderer = list[ImageJob](), renderer_of(files.transformer, dtype, str(values.get("device", "auto")))
         for asked in (one for order in members for one in _asked(order)):
@@ -186,8 +186,9 @@ def _start(order: Order) -> dict[str, Any]:
 class _Names:
     """Names for results in a folder: those that are free, and those that hold what is asked for already."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, values: dict[str, Any]) -> None:
         self._out = out
+        self._vae, self._vae_dtype = str(values.get("vae") or ""), str(values.get("vae_dtype") or "auto")
         self._taken = {file.stem for place in (out, out / LATENTS) if place.is_dir() for file in place.iterdir()}
         self._mine: set[str] = set()
 
@@ -203,12 +204,17 @@ class _Names:
             if name in self._mine:
                 continue
             picture, latent = self._out / f"{name}.png", self._out / LATENTS / f"{name}.pt"
-            recipes = (record_of(picture), _recipe_of(latent))
-            known = [found.recipe if isinstance(found, ImageRecord) else found for found in recipes]
-            there = [recipe is not None and renderer.made(recipe, image) for recipe in known]
+            record = record_of(picture)
+            recipes = (record.recipe if record is not None and self._decoded(record) else None, _recipe_of(latent))
+            there = [recipe is not None and renderer.made(recipe, image) for recipe in recipes]
             if any(there):
                 return (absolute(picture) if there[0] else ""), (absolute(latent) if there[1] else "")
         return "", ""
+
+    def _decoded(self, record: ImageRecord) -> bool:
+        """Whether a picture was decoded as it is asked for; by whichever VAE and in whichever dtype, if none is."""
+        by = self._vae in ("", DEMO) or Path(self._vae).stem == Path(record.vae.name).stem
+        return by and self._vae_dtype in ("auto", record.dtype)
 
     @staticmethod
     def _names(stem: str) -> Iterator[str]:

@@ -324,6 +324,9 @@ def test_the_same_rerender_again_goes_on_where_the_first_one_ended(tmp_path: Pat
     assert dry.returncode == 0 and dry.stdout == "" and "is there already" in dry.stderr
     other = fluxsplit(*words, "--steps", "3", cwd=tmp_path)
     assert [Path(line).name for line in other.stdout.splitlines()] == ["0001-96x64-2.png", "0002-96x64-2.png"]
+    in_bf16 = fluxsplit(*words, "--vae-dtype", "bf16", cwd=tmp_path)
+    assert "finished before and is only decoded" in in_bf16.stderr and "s/step" not in in_bf16.stderr
+    assert [read_record(line).dtype for line in in_bf16.stdout.splitlines()] == ["bf16", "bf16"]
     larger = fluxsplit(*words, "--upscale", "2", cwd=tmp_path)
     names = [Path(line).name for line in larger.stdout.splitlines()]
     assert names == ["0001-96x64.png", "0002-96x64.png", "0001-96x64-2x.png", "0002-96x64-2x.png"]
