@@ -66,7 +66,8 @@ class VaeSession:
     def tile_plan(self, height: int, width: int, tile: int, dtype: str = "") -> TilePlan:
         """How latents of this size would be decoded in tiles now; raises DoesNotFit."""
         info, factor = device_info(self.device), self.vae.shape.factor
-        parameters = sum(math.prod(source.shape) for source in self.vae.part.sources.values())
+        sources = () if self._tiled else self.vae.part.sources.values()  # afterwards its weights are there
+        parameters = sum(math.prod(source.shape) for source in sources)
         budget = budget_bytes(self._vram, info, again=self._again)
         return plan_tiles((width * factor, height * factor), tile, dtype or self.dtype, parameters, info, budget)
 
@@ -123,9 +124,9 @@ class VaeSession:
         raise AssertionError("fp32 returns or raises")
 
     def _tiled_in(self, dtype: str, latents: torch.Tensor, tile: int) -> torch.Tensor:
-        if not self._tiled:  # its weights are counted in the plan, and are there afterwards
-            plan = self.tile_plan(latents.shape[2], latents.shape[3], tile, dtype)
-            self._events.send("plan", text=plan.text(), smaller=None)
+        plan = self.tile_plan(latents.shape[2], latents.shape[3], tile, dtype)
+        self._again = True
+        self._events.send("plan", text=plan.text(), smaller=None)
         return self._tile_decoder(dtype).decode(latents, tile)
 
     def _tile_decoder(self, dtype: str) -> TiledVae:
