@@ -14,19 +14,21 @@ from typing import Any
 
 from fluxsplit import defaults
 from fluxsplit.checkpoint import describe, part, variant_of
+from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.fingerprint import remembered_sha256, stamp_of
-from fluxsplit.jobs import ImageJob
+from fluxsplit.fingerprint import stamp_of, weights_sha256
+from fluxsplit.jobs import ImageJob, ModelFiles
 from fluxsplit.latents import SUFFIXES, read_latent
 from fluxsplit.recipe import Recipe, WeightsStamp
 
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
-    """A transformer, and what it computes in and on, as far as they decide a picture."""
+    """The weights, and what is computed in and on, as far as they decide a picture."""
 
-    stamp: WeightsStamp
-    """Without SHA-256 where the file has not been hashed yet."""
+    files: ModelFiles
+    encoders: Encoders | None
+    """What encoded the prompts, where the files do not say it."""
     variant: str
     config: dict[str, Any]
     dtype: str
@@ -35,26 +37,23 @@ class Renderer:
     """What was asked for; a card's pictures are not a CPU's."""
 
     def made(self, recipe: Recipe, image: ImageJob) -> bool:
-        """Whether this recipe is that of what the job asks for."""
+        """Whether this recipe is that of what the job asks for. Weights are hashed where all else is the same."""
         return (
-            self._is_ours(recipe)
+            not image.conditioning  # a file of which the recipe says nothing
             and all(getattr(recipe, name) == getattr(image, name) for name in _SAME)
-            and recipe.guidance == (image.guidance if image.guidance is not None else self._guidance)
+            and recipe.guidance == (defaults.guidance_of(self.variant) if image.guidance is None else image.guidance)
             and self._has_levels(recipe, image)
-        )
-
-    @property
-    def _guidance(self) -> float | None:
-        return defaults.guidance_of(self.variant)
-
-    def _is_ours(self, recipe: Recipe) -> bool:
-        theirs, hashes = recipe.transformer, (recipe.transformer.sha256, self.stamp.sha256)
-        return (
-            theirs.name == self.stamp.name
-            and ("" in hashes or hashes[0] == hashes[1])
             and self.dtype in ("auto", recipe.dtype)
             and (self.device == "auto" or (self.device == "cpu") == (recipe.device == "cpu"))
+            and self._has_weights(recipe)
         )
+
+    def _has_weights(self, recipe: Recipe) -> bool:
+        if not _is_of(recipe.transformer, self.files.transformer):
+            return False
+        if self.encoders is not None:
+            return (recipe.text_encoder, recipe.clip) == (self.encoders.text_encoder, self.encoders.clip)
+        return _is_of(recipe.text_encoder, self.files.text_encoder) and _is_of(recipe.clip, self.files.clip)
 
     def _has_levels(self, recipe: Recipe, image: ImageJob) -> bool:
         if given := image.sigmas or image.recorded_sigmas:
@@ -93,8 +92,12 @@ def _recipe_of(file: Path) -> Recipe | None:
     return None
 
 
-def renderer_of(transformer: str, dtype: str, device: str) -> Renderer:
-    """What renders with this file, or folder of files; nothing is hashed for it."""
-    stamp = stamp_of(transformer, remembered_sha256(transformer) or "")
-    variant = variant_of(part(transformer, "transformer"))
-    return Renderer(stamp, variant, describe(transformer).config, dtype, device)
+def _is_of(stamp: WeightsStamp, path: str) -> bool:
+    """Whether a stamp is that of these weights."""
+    return stamp.name == stamp_of(path, "").name and stamp.sha256 in ("", weights_sha256(path))
+
+
+def renderer_of(files: ModelFiles, encoders: Encoders | None, dtype: str, device: str) -> Renderer:
+    """What renders with these files."""
+    variant = variant_of(part(files.transformer, "transformer"))
+    return Renderer(files, encoders, variant, describe(files.transformer).config, dtype, device)

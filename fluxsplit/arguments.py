@@ -23,11 +23,12 @@ MAX_INPUT_CHARS = 100_000_000
 _SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
 _SEED = re.compile(r"\s*(\d{1,30})\s*(?:\.\.\s*(\d{1,30})\s*)?", re.ASCII)
 _FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pt", ".safetensors", ".latent")
+_MAX_SCANNED_CHARS = 10_000
 _OTHERS_SYNTAX = {
     "a LoRA is named": re.compile(r"<lora:"),
     "an embedding is named": re.compile(r"\bembedding:\w", re.ASCII),
-    "there is a choice as {a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
-    "there is a wildcard as __name__": re.compile(r"(?<!\w)__[\w/*-]+__(?!\w)", re.ASCII),
+    "there is a choice as {a|b}": re.compile(r"\{[^{}|]{0,200}\|[^{}]{0,200}\}"),
+    "there is a wildcard as __name__": re.compile(r"(?<!\w)__[\w/*-]{1,80}__(?!\w)", re.ASCII),
     "there is a BREAK": re.compile(r"\bBREAK\b"),
 }
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
@@ -124,7 +125,7 @@ def check_cfg(cfg: float) -> None:
 
 def prompt_warnings(prompt: str) -> list[str]:
     """What to say of a prompt in which other programs would read more than text."""
-    found = [what for what, pattern in _OTHERS_SYNTAX.items() if pattern.search(prompt[:MAX_TEXT_CHARS])]
+    found = [what for what, pattern in _OTHERS_SYNTAX.items() if pattern.search(prompt[:_MAX_SCANNED_CHARS])]
     return [f"{what} in the prompt; fluxsplit has no such thing, and reads it as text" for what in found]
 
 

@@ -19,6 +19,7 @@ from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
 from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import EncodeJob, ImageJob, ModelFiles, absolute
 from fluxsplit.latents import read_latent
 from fluxsplit.memory import check_budget
@@ -54,20 +55,26 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
         if latents:
             _decode(latents, given, defaults, out, upscale, progress)
     if upscale is not None:
-        left = [picture for picture in planned.pictures if not _was_enlarged(picture, upscale)]
-        upscale_paths(left, upscale, progress)
+        there = {picture: _enlarged(picture, upscale) for picture in planned.pictures}
+        for enlarged in filter(None, there.values()):
+            _tell_there(enlarged, progress)
+        upscale_paths([picture for picture, enlarged in there.items() if not enlarged], upscale, progress)
     return 1 if progress.failures else 0
 
 
 def _tell_made(planned: _Planned, progress: Progress) -> None:
     """Say what is not made again; pictures that are there are results all the same."""
     for picture in planned.pictures:
-        record = record_of(Path(picture))
-        recipe = record.recipe.to_object() if record is not None and record.recipe is not None else None
-        progress.note(f"{Path(picture).name} is there already, made with these settings")
-        progress.show({"event": "result", "path": picture, "recipe": recipe})
+        _tell_there(picture, progress)
     for latent in planned.latents:
         progress.note(f"{Path(latent).name} was finished before and is only decoded")
+
+
+def _tell_there(picture: str, progress: Progress) -> None:
+    record = record_of(Path(picture))
+    recipe = record.recipe.to_object() if record is not None and record.recipe is not None else None
+    progress.note(f"{Path(picture).name} is there already, made with these settings")
+    progress.show({"event": "result", "path": picture, "recipe": recipe})
 
 
 def _with_latents(orders: list[Order], values: dict[str, Any], out: Path, progress: Progress) -> list[Order]:
@@ -128,9 +135,9 @@ def _planned(orders: Sequence[Order], values: dict[str, Any], out: Path) -> _Pla
         groups.setdefault((order.files, order.dtype, order.encoders), []).append(order)
     names, plans, pictures, latents = _Names(out, values), list[Plan](), dict[str, None](), dict[str, None]()
     for (files, dtype, encoders), members in groups.items():
-        images, renderer = list[ImageJob](), renderer_of(files.transformer, dtype, str(values.get("device", "auto")))
-        for asked in (one for order in members for one in _asked(order)):
-            picture, latent = names.made(asked, renderer)
+        renderer, images = renderer_of(files, encoders, dtype, str(values.get("device", "auto"))), list[ImageJob]()
+        for asked, is_known in (one for order in members for one in _asked(order)):
+            picture, latent = names.made(asked, renderer) if is_known else ("", "")
             if picture:
                 pictures[picture] = None
             elif latent:
@@ -167,9 +174,10 @@ def _plan(
     )
 
 
-def _asked(order: Order) -> list[ImageJob]:
-    """The order's pictures with all that decides them."""
-    return [replace(image, parent=order.parent, **_start(order)) for image in order.images]
+def _asked(order: Order) -> list[tuple[ImageJob, bool]]:
+    """The order's pictures, and whether all that decides them is known: not in a dry run, before one is encoded."""
+    is_known = bool(order.latent) or not order.keeping.needs_latent
+    return [(replace(image, parent=order.parent, **_start(order)), is_known) for image in order.images]
 
 
 def _start(order: Order) -> dict[str, Any]:
@@ -213,8 +221,14 @@ class _Names:
 
     def _decoded(self, record: ImageRecord) -> bool:
         """Whether a picture was decoded as it is asked for; by whichever VAE and in whichever dtype, if none is."""
-        by = self._vae in ("", DEMO) or Path(self._vae).stem == Path(record.vae.name).stem
-        return by and self._vae_dtype in ("auto", record.dtype)
+        if self._vae_dtype not in ("auto", record.dtype):
+            return False
+        if self._vae in ("", DEMO):
+            return True
+        vae = Path(self._vae).expanduser()
+        if record.vae.sha256 and vae.exists():
+            return weights_sha256(vae) == record.vae.sha256
+        return vae.stem == Path(record.vae.name).stem
 
     @staticmethod
     def _names(stem: str) -> Iterator[str]:
@@ -234,11 +248,19 @@ def _upscale(values: dict[str, Any], progress: Progress) -> UpscaleOptions | Non
     return upscale_options({"upscale": "2", **more}, progress) if wanted else None
 
 
-def _was_enlarged(picture: str, upscale: UpscaleOptions) -> bool:
-    """Whether the picture that would be made of this one by enlarging it is there."""
-    job, path = upscale.job, Path(picture)
-    size = f"{job.width}x{job.height}" if job.width else f"{job.factor or '*'}x"
-    return any(path.parent.glob(f"{glob.escape(path.stem)}-{size}.png"))
+def _enlarged(picture: str, upscale: UpscaleOptions) -> str:
+    """The picture that would be made of this one by enlarging it, if it is there; else empty."""
+    job, path, own = upscale.job, Path(picture), record_of(Path(picture))
+    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}-*.png")) if own is not None else ():
+        record = record_of(file)
+        if record is None or len(record.upscaler) != 1 or replace(record, upscaler=()) != own:
+            continue
+        (stamp,) = record.upscaler
+        size = own.recipe and (own.recipe.width * job.factor, own.recipe.height * job.factor)
+        wanted = (job.width, job.height) if job.width else size if job.factor else (stamp.width, stamp.height)
+        if (stamp.width, stamp.height) == wanted and stamp.sha256 == weights_sha256(job.weights):
+            return str(file)
+    return ""
 
 
 def _decode(

@@ -72,16 +72,16 @@ def _how_to_go_on(plan: Plan, given: dict[str, Any], progress: Progress) -> Iter
     except BaseException:
         done = sum(not path.endswith(".png") for path in progress.results[before:])
         if 0 < done < len(plan.images):
+            without = ", without --save-conditioning," if given.get("save_conditioning") else ""
             seed = "" if given.get("seed") else f"--seed {plan.images[0].seed} and "
-            progress.note(
-                f"{done} of {len(plan.images)} are finished; the same command with {seed}--skip-existing goes on"
-            )
+            finished = f"{done} of {len(plan.images)} are finished"
+            progress.note(f"{finished}; the same command with {seed}--skip-existing{without} goes on")
         raise
 
 
 def _without_existing(plan: Plan, progress: Progress) -> Plan:
     """The plan without what its folder holds already; that is told as results."""
-    renderer = renderer_of(plan.files.transformer, plan.dtype, plan.device)
+    renderer = renderer_of(plan.files, None, plan.dtype, plan.device)
     found = made_in(Path(plan.out), plan.images, renderer)
     for path in found.values():
         recipe = read_latent(path).recipe
@@ -155,6 +155,11 @@ def _check_contradictions(given: dict[str, Any]) -> None:
         for flag in ("scheduler", "shift"):
             if given.get(flag):
                 raise UsageError(f"--{flag} has no effect on noise levels that are given by --sigmas", "drop one")
+    if given.get("skip_existing") and given.get("save_conditioning"):
+        raise UsageError(
+            "--save-conditioning keeps the prompt of what is rendered, and --skip-existing may render nothing",
+            "drop one",
+        )
     if given.get("conditioning") and given.get("save_conditioning"):
         raise UsageError("--save-conditioning would copy the file of --conditioning", "drop one")
 

@@ -63,6 +63,8 @@ def ends_all(error: FluxsplitError) -> bool:
 _MEMORY_WORDS = (
     "out of memory",
     "can't allocate memory",
+    "cannot allocate memory",
+    "could not create a memory object",  # oneDNN
     "not enough memory",
     "hiperroroutofmemory",
     "device not ready",  # what WSL's driver says instead

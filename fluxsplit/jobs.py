@@ -130,8 +130,6 @@ class DecodeJob:
     """Side of overlapped tiles in pixels; 0 for exact strips."""
     smaller: int = 0
     """How often a plan ran out of memory before."""
-    retried: str = ""
-    """That plan, to be recorded."""
     dry_run: bool = False
     """Say what would be made and how, and make nothing."""
 

@@ -135,6 +135,8 @@ def write_latent(
         _check_payload(payload, shape)
         if recipe is not None:
             _check_size(shape, recipe)
+        if parent is not None:
+            parent_from_json(json.dumps(asdict(parent)))
     except FluxsplitError as error:
         raise FluxsplitError(f"latent {stem} is not written: {error.message}", error.hint) from None
     more = {"vae": encoded_by, "parent": parent}

@@ -39,7 +39,7 @@ POSTPROCESSING_KEY = "postprocessing"
 MAX_UPSCALERS = 8
 _HEX = set("0123456789abcdef")
 _RECORD_FIELDS = {"fluxsplit", "recipe", "latent_sha256", "vae", "versions", "dtype", "device"}
-_LATER_FIELDS = {"upscaler", "parent", "retried"}
+_LATER_FIELDS = {"upscaler", "parent"}
 """Left out where they say nothing, so that files without them are read by older versions too."""
 
 
@@ -74,8 +74,6 @@ class ImageRecord:
     """In the order in which they were applied; empty in a picture as it was decoded."""
     parent: Parent | None = None
     """None where the picture is no rerender."""
-    retried: str = ""
-    """The plan by which decoding ran out of memory before, if one did."""
 
     def to_json(self) -> str:
         """One line of JSON that `record_from_json` reads back exactly."""
@@ -93,8 +91,6 @@ class ImageRecord:
             table["upscaler"] = [asdict(stamp) for stamp in self.upscaler]
         if self.parent is not None:
             table["parent"] = asdict(self.parent)
-        if self.retried:
-            table["retried"] = self.retried
         return json.dumps(table, ensure_ascii=False, allow_nan=False)
 
 
@@ -111,7 +107,7 @@ def record_from_json(text: str) -> ImageRecord:
     if set(vae) != {"name", "sha256"} or not _is_sha256(sha256) or (vae["sha256"] and not _is_sha256(vae["sha256"])):
         raise FluxsplitError("its fluxsplit text has no proper VAE or latent hash")
     recipe = None if table["recipe"] is None else recipe_from_object(table["recipe"])
-    computed = _text_table({name: table.get(name, "") for name in ("dtype", "device", "retried")})
+    computed = _text_table({name: table[name] for name in ("dtype", "device")})
     upscaler = _upscalers(table.get("upscaler", []))
     stamp = WeightsStamp(vae["name"], vae["sha256"])
     parent = parent_from_object(table["parent"]) if "parent" in table else None

@@ -14,7 +14,7 @@ from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
-from fluxsplit.fingerprint import file_sha256
+from fluxsplit.fingerprint import file_sha256, stamp_of
 from fluxsplit.found import read_found
 from fluxsplit.found_recipe import FoundRecipe
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
@@ -85,13 +85,13 @@ def _order(source: Path, values: Mapping[str, Any]) -> Order:
     return Order(
         source=source,
         found=found,
-        images=tuple(_numbered(source, images)),
+        images=tuple(_numbered(source, images, bool(values.get("seed")))),
         keeping=keeping,
         files=files,
         encoders=encoders,
         dtype=dtype or check_choice("dtype", values.get("dtype", "auto"), DTYPES),
         latent=latent,
-        parent=Parent(source.name, record.latent_sha256 if record is not None else latent_sha256(latent)),
+        parent=Parent(stamp_of(source, "").name, record.latent_sha256 if record is not None else latent_sha256(latent)),
         lines=tuple(_lines(found, told, keeping, images[0])),
     )
 
@@ -181,10 +181,9 @@ def _latent(source: Path, found: FoundRecipe, record: ImageRecord | None, keepin
     return "" if record is None else find_latent(source, (source.stem,), record.latent_sha256)
 
 
-def _numbered(source: Path, images: Sequence[ImageJob]) -> list[ImageJob]:
-    """Images with the names of their files: the picture's, the size and, where there are several, the seed."""
-    several = len(images) > 1
+def _numbered(source: Path, images: Sequence[ImageJob], by_seed: bool) -> list[ImageJob]:
+    """Images with the names of their files: the picture's, the size and, where it is asked for, the seed."""
     return [
-        replace(image, stem=f"{source.stem}-{image.width}x{image.height}" + (f"-seed{image.seed}" if several else ""))
+        replace(image, stem=f"{source.stem}-{image.width}x{image.height}" + (f"-seed{image.seed}" if by_seed else ""))
         for image in images
     ]

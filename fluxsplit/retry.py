@@ -55,7 +55,9 @@ class _Said:
     numbers: set[int] = field(default_factory=set)
     """Of pictures that advance together."""
     done: int = 0
-    """Of items that come one after another."""
+    """Of the VAE's items, one of which may have several results."""
+    ended: int = 0
+    """Of the upscaler's."""
 
     def take(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -65,8 +67,8 @@ class _Said:
             self.numbers.add(event["number"])
         elif kind in ("decode", "encode"):
             self.done = int(event["done"])
-        elif kind == "upscale":
-            self.done = int(event["image"])
+        elif kind in ("result", "failed"):
+            self.ended += 1
 
     def explained(self, error: OutOfMemory) -> OutOfMemory:
         """The error with the plan, which a stage that was killed could not tell."""
@@ -86,9 +88,10 @@ def _rest(job: Job, said: _Said) -> Job | None:
         images = tuple(image for number, image in enumerate(smaller.images) if number not in said.numbers)
         return replace(smaller, images=images) if images else None
     if isinstance(smaller, DecodeJob):
-        return replace(smaller, latents=smaller.latents[said.done :], retried=said.plan)
+        return replace(smaller, latents=smaller.latents[said.done :])
     if isinstance(smaller, EncodeJob | UpscaleJob):
-        return replace(smaller, images=smaller.images[said.done :])
+        done = said.ended if isinstance(smaller, UpscaleJob) else said.done
+        return replace(smaller, images=smaller.images[done:])
     everything: Job = smaller  # of the text, whose results come at its end
     return everything
 

@@ -131,7 +131,6 @@ def _decode(
         dtype=dtype,
         device=device_name(session.device),
         parent=latent.parent,
-        retried=job.retried,
     )
     texts = metadata.png_text_chunks(record, latent.foreign)
     png = metadata.encode_png(pixels.numpy().tobytes(), width, height, texts)

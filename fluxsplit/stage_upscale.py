@@ -23,7 +23,7 @@ from fluxsplit.metadata import UpscalerStamp
 from fluxsplit.picture_file import Picture
 from fluxsplit.recipe import WeightsStamp
 from fluxsplit.single_files import Failures, tell_planned
-from fluxsplit.tiles import SMALLEST_TILE_PX, largest_tile, smallest_bytes
+from fluxsplit.tiles import largest_tile, smaller_tile, smallest_bytes
 from fluxsplit.upscale import Tiling, Upscaler, enlarge, tile_count
 
 STRETCHED = 0.02
@@ -46,7 +46,7 @@ def run(job: UpscaleJob, events: Events) -> None:
     """Enlarge `job.images`; one that fails is reported and the rest go on. Raises OutOfMemory."""
     device = pick_device(job.device)
     with thread_beside() as hashing:
-        budget = budget_bytes(job.vram, device_info(device))
+        budget = budget_bytes(job.vram, device_info(device), again=bool(job.smaller))
         if device.type != "cpu":
             keep_within(budget, device)
         network = _loaded(job, device)
@@ -170,8 +170,7 @@ def _planned(here: _Run, picture: Picture) -> _Plan:
     width, height, pixel_bytes = picture.width, picture.height, network.planned_bytes(1, 1)
     beside = network.picture_bytes(width, height) if network.device.type == "cpu" else _reserved_bytes(network)
     if job.tile is not None:
-        side = job.tile and max(SMALLEST_TILE_PX, job.tile >> job.smaller)
-        least = False
+        side = job.tile
     else:
         need, room = beside + smallest_bytes(width, height, pixel_bytes), here.budget_bytes
         if need > room:
@@ -180,13 +179,14 @@ def _planned(here: _Run, picture: Picture) -> _Plan:
                 f"and {room / 1e6:,.1f} MB may be used",
                 f"give --vram {-(-need // 1_000_000)}M or more",
             )
-        room = (room - beside) >> 2 * job.smaller
-        side = largest_tile(width, height, pixel_bytes, room, network.alignment)
-        least = 0 < side <= SMALLEST_TILE_PX
+        side = largest_tile(width, height, pixel_bytes, room - beside, network.alignment)
+    for _ in range(job.smaller):
+        side = smaller_tile(width, height, side) or side
+    is_smallest = network.tiles_itself or not smaller_tile(width, height, side)
     tiles = tile_count(network, width, height, Tiling(side))
     shown, area = ("1 tile", width * height) if tiles == 1 else (f"{tiles} tiles of {side} pixels", side * side)
     peak = f"peak {(beside + area * pixel_bytes) / 1e9:.2f} GB"
-    return _Plan(Tiling(side), f"{network.name}, {DTYPE_NAMES[network.dtype]}, {shown}, {peak}", least)
+    return _Plan(Tiling(side), f"{network.name}, {DTYPE_NAMES[network.dtype]}, {shown}, {peak}", is_smallest)
 
 
 def _reserved_bytes(network: Upscaler) -> int:

@@ -85,9 +85,10 @@ class T5:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], on_block: Callable[[int, int], None] = _ignore) -> list[torch.Tensor]:
-        """Hidden states [1, T, D] of each prompt, fp32, T at least the minimum length, in one pass over the blocks.
+        """Hidden states [1, T, D] of each prompt, T at least the minimum length: fp32, on the CPU.
 
-        Emphasised tokens are moved away from those of an empty prompt. `on_block` is told blocks done and their number.
+        All in one pass over the blocks. Emphasised tokens are moved away from those of an empty prompt. `on_block` is
+        told blocks done and their number.
         """
         tokens = [self._tokens.of(text) for text in texts]
         ids = [tuple(token.id for token in line) for line in tokens]
@@ -100,7 +101,7 @@ class T5:
         ]
 
     def _moved(self, states: torch.Tensor, empty: torch.Tensor, tokens: Sequence[prompts.Token]) -> torch.Tensor:
-        weights = torch.tensor([token.weight for token in tokens], device=self.device)[:, None]
+        weights = torch.tensor([token.weight for token in tokens])[:, None]
         return torch.where(weights != 1, empty + (states - empty) * weights, states)
 
     def _run(self, lines: Sequence[tuple[int, ...]], on_block: Callable[[int, int], None]) -> list[torch.Tensor]:
@@ -114,7 +115,7 @@ class T5:
                     states[i], bias, *_ = block(states[i], position_bias=biases.get(len(line)))
                     biases.setdefault(len(line), bias)
             on_block(number + 1, len(self.blocks))
-        return [encoder.final_layer_norm(state) for state in states]
+        return [encoder.final_layer_norm(states.pop(0)).cpu() for _ in lines]  # one after the other leaves the card
 
 
 class Clip:

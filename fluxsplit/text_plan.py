@@ -41,7 +41,8 @@ def plan_text(t5: Part, clip: Part, lengths: Sequence[int]) -> TextPlan:
     slot = max((_block_bytes(t5, number) for number in range(blocks)), default=0)
     clip_bytes = sum(4 * math.prod(source.shape) for source in clip.sources.values())
     states = 4 * sum(lengths) * t5.shape("shared.weight")[1]
-    t5_bytes = SLOTS * slot + SCRATCH_BYTES + states + _activation_bytes(t5, max(lengths, default=0))
+    biases = 4 * _heads(t5) * sum(length**2 for length in set(lengths))  # kept from the first block for all
+    t5_bytes = SLOTS * slot + SCRATCH_BYTES + states + biases + _activation_bytes(t5, max(lengths, default=0))
     return TextPlan(slot, t5_bytes, clip_bytes, CARD_BASE_BYTES + max(t5_bytes, clip_bytes))
 
 
@@ -51,10 +52,13 @@ def _block_bytes(part: Part, number: int) -> int:
 
 
 def _activation_bytes(part: Part, tokens: int) -> int:
-    """In fp32, of one prompt: states, heads and the gated layer, and the scores, their softmax and their bias."""
+    """In fp32, of one prompt: states, heads and the gated layer, and the scores, with their bias, and their softmax."""
     layer = "encoder.block.0.layer"
     width = part.shape("shared.weight")[1]
-    heads = part.shape(f"{layer}.0.SelfAttention.relative_attention_bias.weight")[1]
     inner = part.shape(f"{layer}.0.SelfAttention.q.weight")[0]
     hidden = part.shape(f"{layer}.1.DenseReluDense.wi_0.weight")[0]
-    return 4 * tokens * (6 * width + 4 * inner + 4 * hidden) + 4 * 3 * heads * tokens**2
+    return 4 * tokens * (6 * width + 4 * inner + 4 * hidden) + 4 * 3 * _heads(part) * tokens**2
+
+
+def _heads(part: Part) -> int:
+    return part.shape("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")[1]

@@ -66,10 +66,11 @@ class VaeSession:
     def tile_plan(self, height: int, width: int, tile: int, dtype: str = "") -> TilePlan:
         """How latents of this size would be decoded in tiles now; raises DoesNotFit."""
         info, factor = device_info(self.device), self.vae.shape.factor
-        sources = () if self._tiled else self.vae.part.sources.values()  # afterwards its weights are there
+        dtype = dtype or self.dtype
+        sources = () if dtype in self._tiled else self.vae.part.sources.values()  # afterwards its weights are there
         parameters = sum(math.prod(source.shape) for source in sources)
         budget = budget_bytes(self._vram, info, again=self._again)
-        return plan_tiles((width * factor, height * factor), tile, dtype or self.dtype, parameters, info, budget)
+        return plan_tiles((width * factor, height * factor), tile, dtype, parameters, info, budget)
 
     def encode_plan(self, height: int, width: int) -> VaePlan:
         """How a picture of this size in pixels would be encoded now; raises as `decode_plan` does."""
@@ -148,6 +149,6 @@ def teller(events: Events, number: int, total: int, event: str = "decode") -> Ad
         nonlocal last_s
         if time.monotonic() - last_s >= NEWS_EVERY_S and share < 1:
             last_s = time.monotonic()
-            events.send(event, done=round(number + share, 4), total=total)
+            events.send(event, done=number + min(round(share, 4), 0.9999), total=total)
 
     return advance

@@ -151,9 +151,9 @@ def upscale(job: UpscaleJob) -> tuple[int, int]:
     """Larger pictures that hold nothing."""
     for number, path in enumerate(job.images):
         _tell_plan(job.smaller)
-        say("upscale", image=number, images=len(job.images), done=1, total=1)
         if number:
             _fail_at_the_second("upscale", job.smaller)
+        say("upscale", image=number, images=len(job.images), done=1, total=1)
         picture = Path(job.out or Path(path).parent) / f"{Path(path).stem}-large.png"
         picture.write_bytes(b"")
         say("result", path=str(picture), recipe=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,20 @@ def test_where_decoding_ends_early_the_finished_latents_are_told(
     ran = run("rerender", "--from", preview(home / "previews"), "--seed", "1..3")
     assert ran.code == 1 and len(ran.out) == 1
     assert "2 finished, without their pictures yet; to have them: fluxsplit decode" in ran.err
+
+
+def test_a_name_that_is_no_text_is_a_parent_all_the_same(run: Run, home: Path) -> None:
+    source = preview(home / "previews")
+    odd = home / os.fsdecode(b"a\xff.png")
+    try:
+        odd.write_bytes(source.read_bytes())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    ran = run("rerender", odd, "--keep", "seed", "--scale", "2")
+    assert ran.code == 0, ran.err
+    (latent,) = (home / "renders" / "latents").glob("*.pt")
+    parent = read_latent(latent).parent
+    assert parent is not None and parent.name == "a?.png"
 
 
 def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:

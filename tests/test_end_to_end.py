@@ -330,7 +330,13 @@ def test_the_same_rerender_again_goes_on_where_the_first_one_ended(tmp_path: Pat
     larger = fluxsplit(*words, "--upscale", "2", cwd=tmp_path)
     names = [Path(line).name for line in larger.stdout.splitlines()]
     assert names == ["0001-96x64.png", "0002-96x64.png", "0001-96x64-2x.png", "0002-96x64-2x.png"]
-    assert fluxsplit(*words, "--upscale", "2", cwd=tmp_path).stdout == made.stdout, "nothing is enlarged twice"
+    once_more = fluxsplit(*words, "--upscale", "2", cwd=tmp_path)
+    assert once_more.stdout == larger.stdout and "enlarged" not in once_more.stderr, "nothing is enlarged twice"
+    to_size = fluxsplit(*words, "--upscale-to", "160x120", cwd=tmp_path)
+    assert [Path(line).name for line in to_size.stdout.splitlines()][2:] == [
+        "0001-96x64-160x120.png",
+        "0002-96x64-160x120.png",
+    ]
 
 
 def test_a_photo_is_started_from_whatever_its_size(tmp_path: Path) -> None:

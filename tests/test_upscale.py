@@ -567,6 +567,11 @@ def test_a_plan_that_did_not_hold_is_followed_by_smaller_tiles(weights: dict[str
     plans = [staged(replace(job, smaller=smaller, out=str(tmp_path / str(smaller))))[0] for smaller in (0, 1)]
     assert [plan["smaller"] for plan in plans] == [{"smaller": 1}, {"smaller": 2}]
     assert "tiles of 256 pixels" in plans[0]["text"] and "tiles of 128 pixels" in plans[1]["text"]
+    whole = replace(job, tile=None)
+    assert "fp32, 1 tile, " in staged(whole)[0]["text"]
+    assert "tiles of 300 pixels" in staged(replace(whole, smaller=1, out=str(tmp_path / "w")))[0]["text"]
+    least = staged(replace(job, tile=64, smaller=1, out=str(tmp_path / "l")))[0]
+    assert "tiles of 64 pixels" in least["text"] and least["smaller"] is None
 
 
 def test_a_size_of_another_ratio_is_told(weights: dict[str, Path], tmp_path: Path) -> None:
