@@ -380,3 +380,33 @@ def test_what_a_folder_holds_already_is_left_out(tmp_path: Path) -> None:
     assert len(list((tmp_path / "latents").iterdir())) == 4
     other = fluxsplit(*words, "--skip-existing", "--steps", "3", cwd=tmp_path)
     assert other.returncode == 0 and "already" not in other.stderr and len(other.stdout.splitlines()) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nobody kills so there")
+@pytest.mark.parametrize("command", ["decode", "upscale"])
+def test_a_stage_that_the_system_kills_is_followed_by_one_that_does_the_rest(command: str, tmp_path: Path) -> None:
+    """As Linux does where memory runs out; with the real stages, each item once."""
+    import psutil
+
+    for number in range(6):
+        if command == "decode":
+            write_latent(
+                tmp_path / "in", f"{number}", struct.pack("<f", number / 10) * 16 * 48 * 48, (1, 16, 48, 48), None
+            )
+        else:
+            (tmp_path / "in").mkdir(exist_ok=True)
+            Image.effect_noise((500, 500), 20).convert("RGB").save(tmp_path / "in" / f"{number}.png")
+    words = [command, "in", "--out", "out", *(["--vae", "demo"] if command == "decode" else [])]
+    command_line = [sys.executable, "-m", "fluxsplit", *words]
+    with subprocess.Popen(command_line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        first = run.stdout.readline()
+        for stage in psutil.Process(run.pid).children():
+            stage.kill()
+        rest, told = run.communicate(timeout=300)
+    assert run.returncode == 0, told
+    assert f"the {command} stage was killed, most likely by the system because memory ran out; its plan was " in told
+    assert "trying once more with a smaller plan" in told
+    made = [Path(line).name for line in (first + rest).splitlines()]
+    names = [f"{number}.png" if command == "decode" else f"{number}-2x.png" for number in range(6)]
+    assert list(dict.fromkeys(made)) == names and sorted(file.name for file in (tmp_path / "out").iterdir()) == names
