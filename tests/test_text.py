@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,19 @@ def test_no_text_is_kept_of_an_encoder_that_changes_meanwhile(part: str, tmp_pat
     with pytest.raises(FluxsplitError, match="was changed during the run"):
         stage_text.run(job, Damaging())  # type: ignore[arg-type]
     assert not output.exists()
+
+
+@pytest.mark.gpu
+def test_on_a_card_text_stays_within_its_plan(t5_file: Path, tmp_path: Path) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    told = Told()
+    job = replace(_job(t5_file, vram="2G"), device="cuda:0", outputs=(str(tmp_path / "out.safetensors"),))
+    try:
+        stage_text.run(job, told)  # type: ignore[arg-type]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    plan = plan_text(checkpoint.part(t5_file, "t5"), checkpoint.part(job.clip, "clip"), [256])
+    assert [event["text"] for event in told if event["event"] == "plan"] == [plan.text()]
+    assert 0 < torch.cuda.max_memory_reserved() <= plan.peak_bytes
+    assert (tmp_path / "out.safetensors").is_file()
