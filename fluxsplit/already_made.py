@@ -71,24 +71,22 @@ class Renderer:
 _SAME = ("prompt", "negative", "seed", "width", "height", "cfg", "sampler", "noise_index", "start")
 
 
-def made_in(folder: Path, images: Sequence[ImageJob], renderer: Renderer) -> dict[int, Path]:
+def made_in(folder: Path, images: Sequence[ImageJob], renderer: Renderer) -> dict[int, tuple[Path, Recipe]]:
     """Latents of a folder that are what jobs ask for, by the number of the job; each for one job."""
-    found: dict[int, Path] = {}
-    if not folder.is_dir():
-        return found
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES.values() and (recipe := _recipe_of(file)) is not None:
-            number = next(
-                (n for n, image in enumerate(images) if n not in found and renderer.made(recipe, image)), None
-            )
+    found: dict[int, tuple[Path, Recipe]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix.lower() in SUFFIXES.values() and (recipe := recipe_of(file)) is not None:
+            fitting = (number for number, image in enumerate(images) if renderer.made(recipe, image))
+            number = next((number for number in fitting if number not in found), None)
             if number is not None:
-                found[number] = file
+                found[number] = file, recipe
     return found
 
 
-def _recipe_of(file: Path) -> Recipe | None:
+def recipe_of(latent: Path) -> Recipe | None:
+    """What a latent file says of itself; None where it says nothing, is damaged or is not there."""
     with suppress(FluxsplitError):
-        return read_latent(file).recipe
+        return read_latent(latent).recipe
     return None
 
 

@@ -5,28 +5,25 @@ from __future__ import annotations
 import glob
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable
-from fluxsplit.already_made import Renderer, renderer_of
+from fluxsplit.already_made import Renderer, recipe_of, renderer_of
 from fluxsplit.arguments import check_choice, check_device, out_folder
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_encode import encode_events
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
 from fluxsplit.conditioning_cache import Encoders
-from fluxsplit.errors import FluxsplitError
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import EncodeJob, ImageJob, ModelFiles, absolute
-from fluxsplit.latents import read_latent
 from fluxsplit.memory import check_budget
 from fluxsplit.metadata import ImageRecord
-from fluxsplit.models import DEMO, resolve_vae
+from fluxsplit.models import DEMO, demo_files, resolve_vae
 from fluxsplit.progress import Progress
-from fluxsplit.recipe import DTYPES, Recipe
+from fluxsplit.recipe import DTYPES
 from fluxsplit.rerender_orders import Order, read_orders, texts_of
 from fluxsplit.rerender_sources import ENCODED, LATENTS, gather, latent_sha256, record_of
 from fluxsplit.sample_plan import Plan
@@ -213,7 +210,7 @@ class _Names:
                 continue
             picture, latent = self._out / f"{name}.png", self._out / LATENTS / f"{name}.pt"
             record = record_of(picture)
-            recipes = (record.recipe if record is not None and self._decoded(record) else None, _recipe_of(latent))
+            recipes = (record.recipe if record is not None and self._decoded(record) else None, recipe_of(latent))
             there = [recipe is not None and renderer.made(recipe, image) for recipe in recipes]
             if any(there):
                 return (absolute(picture) if there[0] else ""), (absolute(latent) if there[1] else "")
@@ -223,9 +220,9 @@ class _Names:
         """Whether a picture was decoded as it is asked for; by whichever VAE and in whichever dtype, if none is."""
         if self._vae_dtype not in ("auto", record.dtype):
             return False
-        if self._vae in ("", DEMO):
+        if not self._vae:
             return True
-        vae = Path(self._vae).expanduser()
+        vae = Path(demo_files().vae if self._vae == DEMO else self._vae).expanduser()
         if record.vae.sha256 and vae.exists():
             return weights_sha256(vae) == record.vae.sha256
         return vae.stem == Path(record.vae.name).stem
@@ -234,12 +231,6 @@ class _Names:
     def _names(stem: str) -> Iterator[str]:
         yield stem
         yield from (f"{stem}-{number}" for number in itertools.count(2))
-
-
-def _recipe_of(latent: Path) -> Recipe | None:
-    with suppress(FluxsplitError):
-        return read_latent(latent).recipe
-    return None
 
 
 def _upscale(values: dict[str, Any], progress: Progress) -> UpscaleOptions | None:

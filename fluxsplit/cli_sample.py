@@ -31,7 +31,6 @@ from fluxsplit.arguments import (
 from fluxsplit.checkpoint import part, variant_of
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
-from fluxsplit.latents import read_latent
 from fluxsplit.memory import check_budget
 from fluxsplit.models import DEMO, Wanted, resolve
 from fluxsplit.progress import Progress
@@ -48,8 +47,14 @@ DEMO_SIZE = "256x256"
 
 def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and render, or show the plan; returns the exit code."""
+    skips = bool((defaults | given).get("skip_existing"))
+    if skips and given.get("save_conditioning"):
+        raise UsageError(
+            "--save-conditioning keeps the prompt of what is rendered, and --skip-existing may render nothing",
+            "drop one, as by --no-skip-existing",
+        )
     plan = plan_sample(given, defaults)
-    if (defaults | given).get("skip_existing"):
+    if skips:
         plan = _without_existing(plan, progress)
     if not plan.images:
         return 0
@@ -83,9 +88,8 @@ def _without_existing(plan: Plan, progress: Progress) -> Plan:
     """The plan without what its folder holds already; that is told as results."""
     renderer = renderer_of(plan.files, None, plan.dtype, plan.device)
     found = made_in(Path(plan.out), plan.images, renderer)
-    for path in found.values():
-        recipe = read_latent(path).recipe
-        progress.show({"event": "result", "path": str(path), "recipe": recipe and recipe.to_object()})
+    for path, recipe in found.values():
+        progress.show({"event": "result", "path": str(path), "recipe": recipe.to_object()})
     if found:
         progress.note(f"{len(found)} of {len(plan.images)} are in {plan.out} already")
     images = tuple(image for number, image in enumerate(plan.images) if number not in found)
@@ -155,11 +159,6 @@ def _check_contradictions(given: dict[str, Any]) -> None:
         for flag in ("scheduler", "shift"):
             if given.get(flag):
                 raise UsageError(f"--{flag} has no effect on noise levels that are given by --sigmas", "drop one")
-    if given.get("skip_existing") and given.get("save_conditioning"):
-        raise UsageError(
-            "--save-conditioning keeps the prompt of what is rendered, and --skip-existing may render nothing",
-            "drop one",
-        )
     if given.get("conditioning") and given.get("save_conditioning"):
         raise UsageError("--save-conditioning would copy the file of --conditioning", "drop one")
 

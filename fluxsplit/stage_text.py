@@ -75,7 +75,7 @@ def _t5_states(job: TextJob, t5: T5, files: WeightFiles, events: Events) -> list
     def told(done: int, blocks: int) -> None:
         events.send("text", done=done * len(job.prompts) // blocks, total=2 * len(job.prompts))
 
-    states = [state.cpu() for state in t5.encode(job.prompts, told)]
+    states = t5.encode(job.prompts, told)
     loader.close()
     return states
 

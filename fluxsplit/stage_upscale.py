@@ -168,7 +168,7 @@ def _planned(here: _Run, picture: Picture) -> _Plan:
     """The tiles for a picture; raises DoesNotFit where the budget does not hold even the smallest."""
     job, network = here.job, here.network
     width, height, pixel_bytes = picture.width, picture.height, network.planned_bytes(1, 1)
-    beside = network.picture_bytes(width, height) if network.device.type == "cpu" else _reserved_bytes(network)
+    beside = network.picture_bytes(width, height) if network.device.type == "cpu" else _weight_bytes(network)
     if job.tile is not None:
         side = job.tile
     else:
@@ -189,7 +189,7 @@ def _planned(here: _Run, picture: Picture) -> _Plan:
     return _Plan(Tiling(side), f"{network.name}, {DTYPE_NAMES[network.dtype]}, {shown}, {peak}", is_smallest)
 
 
-def _reserved_bytes(network: Upscaler) -> int:
+def _weight_bytes(network: Upscaler) -> int:
     """What the network's weights take of a card."""
     return torch.cuda.memory_allocated(network.device)
 

@@ -654,6 +654,14 @@ def test_workflow_files(run: Run, home: Path) -> None:
     assert (ran.code, "did you mean latents?" in ran.err) == (2, True)
 
 
+def test_what_may_render_nothing_keeps_no_conditioning(run: Run, home: Path) -> None:
+    words = ("sample", "-p", "a", "--save-conditioning", "c.safetensors")
+    assert "drop one" in run(*words, "--skip-existing").err
+    (home / "fluxsplit.toml").write_text("[sample]\nskip-existing = true\n")
+    ran = run(*words)
+    assert ran.code == 2 and "--skip-existing may render nothing" in ran.err and not ran.log
+
+
 def test_where_sampling_ends_early_it_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAIL", "sample ends at the second")
     ran = run("sample", "-p", "a", "--seed", "1..3")

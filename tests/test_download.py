@@ -145,34 +145,34 @@ def test_nobody_is_there(tmp_path: Path) -> None:
         download("http://127.0.0.1:9/x", tmp_path / "x", 10, SHA256, [].append)
 
 
-def test_an_upscaler_is_fetched_when_asked_and_found_afterwards(
-    web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def published(web: Web, monkeypatch: pytest.MonkeyPatch) -> Web:
+    """The server, as if it had published every upscaler."""
     monkeypatch.setattr(upscalers, "_RELEASES", f"http://127.0.0.1:{web.port}")
     table = tuple(replace(item, size_bytes=len(DATA), sha256=SHA256) for item in upscalers.PUBLISHED)
     monkeypatch.setattr(upscalers, "PUBLISHED", table)
+    return web
+
+
+def test_an_upscaler_is_fetched_when_asked_and_found_afterwards(published: Web) -> None:
     seen: list[tuple[str, int, int]] = []
     chosen = upscalers.choose("4", None, True, lambda *told: seen.append(told))
     assert chosen.factor == 4 and Path(chosen.path).read_bytes() == DATA
     assert Path(chosen.path) == upscalers.own_folder() / "RealESRGAN_x4plus.pth"
     assert seen[-1] == ("RealESRGAN_x4plus.pth", len(DATA), len(DATA))
     assert upscalers.choose("x4plus", None, False, lambda *told: None).path == chosen.path
-    assert len(web.asked) == 1
+    assert len(published.asked) == 1
     for wanted in ("4", "x4plus"):
         Path(chosen.path).write_bytes(DATA[:-7])
         assert upscalers.choose(wanted, None, False, lambda *told: None).path == chosen.path
         assert Path(chosen.path).read_bytes() == DATA[:-7], "nothing is fetched that was not asked for"
         assert upscalers.choose(wanted, None, True, lambda *told: None).path == chosen.path
         assert Path(chosen.path).read_bytes() == DATA
-    assert len(web.asked) == 3
+    assert len(published.asked) == 3
 
 
-def test_a_file_of_comfyui_that_is_another_is_left_and_the_published_one_fetched(
-    web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(upscalers, "_RELEASES", f"http://127.0.0.1:{web.port}")
-    table = tuple(replace(item, size_bytes=len(DATA), sha256=SHA256) for item in upscalers.PUBLISHED)
-    monkeypatch.setattr(upscalers, "PUBLISHED", table)
+@pytest.mark.usefixtures("published")
+def test_a_file_of_comfyui_that_is_another_is_left_and_the_published_one_fetched(tmp_path: Path) -> None:
     theirs = tmp_path / "ComfyUI" / "models" / "upscale_models" / "RealESRGAN_x4plus.pth"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"another")
