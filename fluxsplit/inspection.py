@@ -15,7 +15,7 @@ from fluxsplit.found_text import as_form, facts_of, started_from
 from fluxsplit.latents import COMFY_TENSOR, read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
 from fluxsplit.picture_text import PictureText, first_bytes, picture_kind, read_picture_text
-from fluxsplit.recipe import VAE_FACTOR, Recipe, WeightsStamp
+from fluxsplit.recipe import VAE_FACTOR, Parent, Recipe, WeightsStamp
 from fluxsplit.safetensor_header import NoSafetensors, read_header
 from fluxsplit.torch_file import ZIP_MAGIC
 
@@ -94,6 +94,7 @@ def _latent(path: Path, size_bytes: int) -> Report:
         ("latents", f"{'x'.join(map(str, first.shape))} fp32, all finite"),
         ("payload sha256", first.payload_sha256),
         *([("encoded by", _stamp(first.encoded_by))] if first.encoded_by else []),
+        *_parent_facts(first.parent),
         *_foreign_facts(first.foreign),
     ]
     if first.recipe is None:
@@ -106,6 +107,7 @@ def _latent(path: Path, size_bytes: int) -> Report:
         "height": height,
         "payload_sha256": [latent.payload_sha256 for latent in latents],
         "encoded_by": asdict(first.encoded_by) if first.encoded_by else None,
+        "parent": asdict(first.parent) if first.parent else None,
         "foreign": first.foreign,
     }
     return Report(str(path), "latent", size_bytes, tuple(facts), first.recipe, details)
@@ -113,6 +115,10 @@ def _latent(path: Path, size_bytes: int) -> Report:
 
 def _foreign_facts(foreign: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(f"ComfyUI {name}", f"{len(text)} characters") for name, text in foreign.items()]
+
+
+def _parent_facts(parent: Parent | None) -> list[tuple[str, str]]:
+    return [("rendered from", parent.name)] if parent is not None else []
 
 
 def _picture(path: Path, size_bytes: int) -> Report:
@@ -129,6 +135,7 @@ def _picture(path: Path, size_bytes: int) -> Report:
         ("latent sha256", record.latent_sha256),
         ("VAE", _stamp(record.vae)),
         ("decoded by", _table(record.versions)),
+        *_parent_facts(record.parent),
         *_foreign_facts({name: text for name, text in picture.texts.items() if name in ("prompt", "workflow")}),
     ]
     facts += [
@@ -138,6 +145,7 @@ def _picture(path: Path, size_bytes: int) -> Report:
     if record.recipe is None:
         facts.append(("recipe", "none: the latent was an encoded picture's, or another program's"))
     details |= {"latent_sha256": record.latent_sha256, "vae": asdict(record.vae), "versions": record.versions}
+    details["parent"] = asdict(record.parent) if record.parent else None
     details |= {"upscaler": [asdict(stamp) for stamp in record.upscaler]}
     return Report(str(path), "picture", size_bytes, tuple(facts), record.recipe, details)
 

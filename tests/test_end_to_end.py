@@ -320,6 +320,8 @@ def test_the_same_rerender_again_goes_on_where_the_first_one_ended(tmp_path: Pat
     assert decoded.returncode == 0 and "2 were there already, the same" in decoded.stderr
     assert [path.read_bytes() for path in paths] == before and len(list((tmp_path / "renders").glob("*.png"))) == 2
     assert read_record(paths[0]).parent is not None
+    told = fluxsplit("info", paths[0], "renders/latents/0001-96x64.pt", cwd=tmp_path).stdout
+    assert [line.split()[2] for line in told.splitlines() if "rendered from:" in line] == ["0001.png"] * 2
     dry = fluxsplit(*words, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0 and dry.stdout == "" and "is there already" in dry.stderr
     other = fluxsplit(*words, "--steps", "3", cwd=tmp_path)
