@@ -30,9 +30,11 @@ PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
 MAX_READERS, OTHERS = 6, 2
 """Threads that read for a card, at most, and cores that are left to who computes and to the system."""
 PINNABLE_SHARE = 0.5
-"""Of what streams: those who read then have the time of two blocks for each of theirs, and no model is pinned whole."""
+"""Of what streams: reading then has twice the time for each byte, and no model is pinned whole."""
 PIECES = 2
-"""Of each reader: the card fetches one while the other is filled, with several readers a block ahead of its turn."""
+"""Of each reader, at least: the card fetches one while the other is filled."""
+STAGED_BLOCKS = 2
+"""For which there is pinned RAM: one is read while the card fetches the other."""
 FRAGMENTED = 0.06
 """What torch's allocator reserves besides what it is asked for, as a share of it, where its segments cannot grow: 13.26
 GB for a plan of 12.64, measured on an H200."""
@@ -66,8 +68,10 @@ class MemoryPlan:
     slots: int
     """Device memory for blocks in turn; 0 where nothing is copied, 1 where reading and computing take turns."""
     slot_bytes: int
+    pieces: int
+    """Pinned RAM that the copies of blocks go through, each `PIECE_BYTES`."""
     pinned_bytes: int
-    """RAM that the copies go through."""
+    """All such RAM, that of modulations included."""
     pinnable: tuple[int, ...]
     """Of those that stream the ones that may be pinned in the page cache, if copies are what a step waits for."""
     pinnable_bytes: int
@@ -201,7 +205,9 @@ def _plan(
     peak = held.bytes if on_cpu else held.bytes + resident_bytes + slots * slot_bytes
     lost = 0 if on_cpu or device.growing_segments else int(peak * FRAGMENTED)
     readers = 0 if on_cpu else readers_of(device)
-    pinned = readers * PIECES * (PIECE_BYTES + ONCE_PIECE_BYTES)
+    staged = -(-slot_bytes // PIECE_BYTES) * STAGED_BLOCKS if slots > 1 else 0
+    pieces = max(readers * PIECES, staged)
+    pinned = pieces * PIECE_BYTES + readers * PIECES * ONCE_PIECE_BYTES
     of_ram = pinned + (peak + lost if device.unified else 0)
     fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, of_ram)
     streamed_bytes, fleeting_bytes = (sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting))
@@ -222,6 +228,7 @@ def _plan(
         readers=readers,
         slots=slots,
         slot_bytes=slot_bytes,
+        pieces=pieces,
         pinned_bytes=pinned,
         pinnable=pinnable,
         pinnable_bytes=pinnable_bytes,
@@ -239,16 +246,18 @@ def _plan(
 
 
 def _pinnable(model: Model, device: DeviceInfo, cached: Sequence[int]) -> tuple[int, ...]:
-    """Which blocks may be pinned, in turn with those that are read, so that these have the time of both."""
+    """Which blocks may be pinned: so that in the time of each block, which is much the same, as many bytes are read."""
     if device.kind != "cuda" or device.unified:  # where RAM is the card's memory it is planned for already
         return ()
     all_bytes = sum(model.blocks[n].bytes for n in cached)
     room = min(all_bytes * PINNABLE_SHARE, (device.ram_bytes or 0) * PINNED_SHARE)
-    chosen, due_bytes = [], 0.0
+    due_bytes = float(max((model.blocks[n].bytes for n in cached), default=0))  # more is read rather than too little
+    chosen = []
     for number in cached:
-        due_bytes += model.blocks[number].bytes * room / all_bytes
+        due_bytes += (all_bytes - room) / len(cached)
         if due_bytes >= model.blocks[number].bytes:
             due_bytes -= model.blocks[number].bytes
+        else:
             chosen.append(number)
     return tuple(chosen)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from fluxsplit.weights import Span, WeightFiles
+from fluxsplit.weights import Span, WeightFiles, as_buffer
 
 _READ_ONLY = 8
 """cudaHostRegisterReadOnly."""
@@ -99,12 +98,6 @@ class FilePins:
         if whole is not None:
             self._pinned.append(whole)
         return True
-
-
-def as_buffer(memory: torch.Tensor) -> memoryview:
-    """A uint8 tensor on the CPU as something that can be read into."""
-    array: Any = memory.numpy()
-    return memoryview(array)
 
 
 def pinned_ram(count: int) -> torch.Tensor:

@@ -94,6 +94,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         slots=plan.slots,
         ahead=plan.slots > 1,
         readers=plan.readers,
+        pieces=plan.pieces,
         fleeting=frozenset(plan.fleeting),
         pinnable=frozenset(plan.pinnable),
         on_read=told.read,

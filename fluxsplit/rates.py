@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from fluxsplit import fp8
 from fluxsplit.attention import attend, attend_in_chunks
+from fluxsplit.background_reads import Read, reads_by
 from fluxsplit.held_memory import CPU_PIECE_BYTES
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
@@ -82,24 +83,20 @@ def feed_bytes_per_s(path: str, readers: int) -> float | None:
     pieces = min(FEED_BYTES, Path(path).stat().st_size) // PIECE_BYTES
     if not pieces:
         return None
-    file = WeightFile(path)
+    file, reads = WeightFile(path), reads_by(readers)
     start = (Path(path).stat().st_size - pieces * PIECE_BYTES) // 2
-    buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(readers)]
-
-    def read(reader: int) -> None:
-        for number in range(reader, pieces, readers):
-            file.read_into(buffers[reader], start + number * PIECE_BYTES)
-
-    best_s, torch_threads = math.inf, torch.get_num_threads()
-    torch.set_num_threads(1)  # as when it is read in earnest
-    try:
-        with ThreadPoolExecutor(max_workers=readers) as threads:
-            for _ in range(SAMPLES + 1):  # the first may read from the disk
-                started_s = time.perf_counter()
-                list(threads.map(read, range(readers)))
-                best_s = min(best_s, time.perf_counter() - started_s)
-    finally:
-        torch.set_num_threads(torch_threads)
+    buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(readers)]
+    best_s = math.inf
+    for _ in range(SAMPLES + 1):  # the first may read from the disk
+        started_s, begun = time.perf_counter(), deque[Read]()
+        for number in range(pieces):
+            if number >= readers:
+                begun.popleft().wait()
+            begun.append(reads.begin(file, start + number * PIECE_BYTES, buffers[number % readers]))
+        while begun:
+            begun.popleft().wait()
+        best_s = min(best_s, time.perf_counter() - started_s)
+    reads.close()
     return pieces * PIECE_BYTES / max(best_s, 1e-9)
 
 

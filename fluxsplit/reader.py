@@ -1,82 +1,68 @@
-"""Threads that bring bytes of weight files into memory of the device, in pieces.
+"""Brings bytes of weight files into memory of the device: read ahead into pinned pieces of RAM, then copied.
 
-To a card they go through pinned pieces of RAM, two for each thread: a piece is filled with what the page cache or the
-disk holds of the file, its copies to the card begin, and as soon as they have ended it is filled again. Neither a
-second file nor the model in RAM is made on the way. A thread copies 5 or 6 GB/s out of the page cache, so that there
-are several; but not many, and with large pieces, since whoever computes needs the interpreter's lock thousands of times
-a step and waits for it behind everybody who reads: beside twelve of them with small pieces it launched a third of the
-kernels. Nor torch's own threads: they spin while they wait, and all of them wait for the one that whoever computes has
-pushed off its core, at worst for 4 GB/s (docs/decisions.md, 2026-11-26).
+Pieces take turns. One is filled with what the page cache or the disk holds of the file, as `background_reads` does it;
+its copies to the card begin when it is full and it is known where they go; as soon as they have ended it can be filled
+again. All of them together hold about two blocks, so that those that come next are read while others are computed.
+Neither a second file nor the model in RAM is made on the way. Whoever computes does all of this in between, from one
+thread: there is nothing to lock, and the order of all copies is that in which they were asked for.
 
-Where the threads work for more than a quarter of their time they take the processor from whoever computes, or are too
-slow already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches those by
-itself, and they cost neither a copy nor memory of ours, but for the run their pages cannot be dropped from RAM. So
-only some of them may be, which the plan has spread among the others: while those cross the bus the threads go on.
+Where reading takes more than a quarter of the time, it takes memory's bandwidth and processors from whoever computes,
+or is too slow already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches
+those by itself, and they cost neither a copy nor memory of ours, but for the run their pages cannot be dropped from
+RAM. So only some of them may be, which the plan has spread among the others: while those cross the bus reading goes on.
 """
 
 from __future__ import annotations
 
-import itertools
-import queue
-import threading
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from fluxsplit.background_reads import Read, reads_by
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.memory_plan import PIECES
-from fluxsplit.pinned import FilePins, as_buffer, pinned_ram
+from fluxsplit.pinned import FilePins, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
-POLL_S = 0.5
 BUSY = 0.25
-"""Share of their time for which threads may work."""
+"""Share of the time for which reading may go on."""
 MAX_GAP_BYTES = 1 << 20
 """Between two runs that share a piece: biases and norms, which lie among the matrices of a file."""
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Run:
-    """Bytes of a file from `start` on, and where they go: uint8 memory of as many."""
+    """Bytes of a file, and where they go: `at` of the memory that they are brought to."""
 
-    path: str
-    start: int
-    memory: torch.Tensor
-
-    @property
-    def stop(self) -> int:
-        """Where they end in the file."""
-        return self.start + self.memory.numel()
-
-    @property
-    def span(self) -> Span:
-        """The bytes of the file."""
-        return Span(self.path, self.start, self.stop)
+    span: Span
+    at: int
 
     def within(self, start: int, stop: int) -> Run:
-        """The part of it that lies in start..stop."""
-        first, last = max(start, self.start), min(stop, self.stop)
-        return Run(self.path, first, self.memory[first - self.start : last - self.start])
+        """The part of it that lies in start..stop of the file."""
+        first, last = max(start, self.span.start), min(stop, self.span.stop)
+        return Run(replace(self.span, start=first, stop=last), self.at + first - self.span.start)
 
 
 @dataclass(slots=True, eq=False)
 class Filling:
-    """Runs that are being brought in; a card's copies go to `stream`."""
+    """Runs that are being brought in."""
 
     runs: Sequence[Run]
-    stream: torch.cuda.Stream | None
     fleeting: bool = False
     """Whether the bytes are not to stay in RAM."""
     pinnable: bool = False
     """Whether they are there, and may be pinned."""
+    memory: torch.Tensor | None = None
+    """Where they go, uint8, once that is known."""
+    stream: torch.cuda.Stream | None = None
+    """Which the copies are given to, for a card."""
+    parts: int = 0
+    """That it is read in; 0 for one that the card fetches from pinned pages."""
     left: int = 0
-    """Parts of it that are not read yet."""
-    done: threading.Event = field(default_factory=threading.Event)
+    """Of these, how many are not copied yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,196 +71,169 @@ class _Piece:
     copied: torch.cuda.Event | None = None
     """When its last copies have left it."""
 
+    def is_free(self) -> bool:
+        return self.copied is None or self.copied.query()
 
-_Part = tuple[Filling, list[Run]]
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """Of a filling what goes through one piece."""
+
+    filling: Filling
+    runs: Sequence[Run]
+
+    @property
+    def span(self) -> Span:
+        first = self.runs[0].span
+        return replace(first, stop=max(run.span.stop for run in self.runs))
 
 
 class Reader:
-    """Brings runs in, in order; `in_pieces` to where the file's bytes cannot be read to directly."""
+    """Brings fillings in, in the order in which they are begun."""
 
-    def __init__(self, files: WeightFiles, *, in_pieces: bool, piece_bytes: int, threads: int) -> None:
-        """Without threads whoever begins a filling does the reading."""
+    def __init__(self, files: WeightFiles, *, pieces: int, piece_bytes: int, threads: int) -> None:
         self._files, self._piece_bytes = files, piece_bytes
-        self._pins, self._pace = FilePins(files), _Pace()
-        self._lock, self._pinning = threading.Lock(), threading.Lock()
-        self._waiting: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
-        self._failure: BaseException | None = None
-        self._closed = False
-        self._card = torch.cuda.current_device() if in_pieces and torch.cuda.is_available() else None
-        each = PIECES if in_pieces and threads else int(in_pieces)
-        pieces = [[_Piece(pinned_ram(piece_bytes)) for _ in range(each)] for _ in range(max(1, threads))]
-        self._piece = next(iter(pieces[0]), None)
-        self.threads = [
-            threading.Thread(target=self._work, args=(own,), name="weights reader", daemon=True)
-            for own in pieces[:threads]
-        ]
-        for thread in self.threads:
-            thread.start()
+        self._pins, self._since_s = FilePins(files), time.perf_counter()
+        self.reads = reads_by(threads)
+        self._queued: deque[_Part] = deque()
+        self._reading: deque[tuple[_Part, _Piece, Read]] = deque()
+        self._free = deque(_Piece(pinned_ram(piece_bytes)) for _ in range(pieces))
+        """In the order in which their copies end."""
 
-    def begin(self, filling: Filling) -> None:
-        """Begin to bring it in. Raises FluxsplitError where the file is not the one that was opened."""
-        if self._fetched(filling):
-            filling.done.set()
-            return
-        parts = list(_shared(filling.runs, self._piece_bytes)) if self._piece else [list(filling.runs)]
-        filling.left = len(parts)
-        for runs in parts:
-            if self.threads:
-                self._waiting.put((filling, runs))
-            else:
-                self._bring(runs, filling, self._piece)
-        if not (self.threads and parts):
-            filling.done.set()
-
-    def wait(self, filling: Filling) -> None:
-        """Until all of it is read, on a card all its copies given to its stream; raises what a thread met."""
-        while not filling.done.wait(POLL_S) and self._failure is None:
-            if not all(thread.is_alive() for thread in self.threads):
-                raise FluxsplitError("the thread that reads the weights ended", "run it again with --debug")
-        if self._failure is not None:
-            raise _as_error(self._failure)
+    @property
+    def is_full(self) -> bool:
+        """Whether what is begun now would have to wait for a piece."""
+        return bool(self._queued)
 
     @property
     def pinned_bytes(self) -> int:
         """Of files, in the page cache."""
         return self._pins.bytes
 
+    def begin(self, filling: Filling) -> None:
+        """Begin to read it, or as soon as there is room. Where it goes need not be known yet."""
+        if self._pinned(filling) is None:
+            parts = [_Part(filling, runs) for runs in _shared(filling.runs, self._piece_bytes)]
+            filling.parts = filling.left = len(parts)
+            self._queued.extend(parts)
+        self._go_on()
+
+    def send(self, filling: Filling, memory: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
+        """Say where it goes: what is read of it already sets off, the rest as it comes."""
+        filling.memory, filling.stream = memory, stream
+        if not filling.parts:
+            self._fetch(filling)
+        self._go_on()
+
+    def wait(self, filling: Filling) -> None:
+        """Until all its copies are given to its stream, or made where it has none.
+
+        Raises FluxsplitError where the bytes cannot be read.
+        """
+        left, waited_s = filling.left, 0.0
+        while filling.left:
+            if self._reading:
+                began_s = time.perf_counter()
+                self._copy_first()
+                waited_s += time.perf_counter() - began_s
+            else:  # every piece is on its way to the card
+                copied = self._free[0].copied
+                assert copied is not None
+                copied.synchronize()
+            self._go_on()
+        if filling.parts:
+            self._judge(filling, waited_s * filling.parts / max(1, left))
+
+    def _judge(self, filling: Filling, read_s: float) -> None:
+        """Pin what took so long to read where that is too much of the time since the last one.
+
+        It is known as far as somebody waited for it: while one does, bytes come as fast as they can be read.
+        """
+        passed_s = time.perf_counter() - self._since_s
+        if filling.pinnable and read_s >= BUSY * passed_s:
+            self._pins.add([run.span for run in filling.runs])
+        self._since_s = time.perf_counter()  # what pinning took is not to count
+
     def close(self) -> None:
-        """End the threads; what they have not begun is not done."""
-        self._closed = True
-        for _ in self.threads:
-            self._waiting.put(None)
-        for thread in self.threads:
-            thread.join(timeout=30)
+        """Let everything end that has begun; no more is brought in."""
+        self._queued.clear()
+        while self._reading:
+            with contextlib.suppress(FluxsplitError, MemoryError, RuntimeError):
+                self._reading.popleft()[2].wait()
+        self.reads.close()
 
     def unpin(self) -> None:
         """Let the files' pages go; nothing may be on its way from them."""
         self._pins.close()
 
-    def _work(self, pieces: Sequence[_Piece]) -> None:
-        filling: Filling | None = None
-        turns = itertools.cycle(pieces or [None])
-        try:
-            if self._card is not None:
-                torch.cuda.set_device(self._card)
-            while (part := self._pace.waiting(self._waiting.get)) is not None and not self._closed:
-                filling, runs = part
-                self._bring(runs, filling, next(turns))
-                with self._lock:
-                    filling.left -= 1
-                    last = not filling.left
-                if last:
-                    filling.done.set()
-                    self._judge(filling)
-        except BaseException as error:  # whatever it was, the computation must not wait for ever nor go on
-            self._failure = error
-            if filling is not None:
-                filling.done.set()
+    def _go_on(self) -> None:
+        """All that can be done without waiting."""
+        while self._reading and self._reading[0][0].filling.memory is not None and self._reading[0][2].is_done():
+            self._copy_first()
+        while self._queued and self._free and self._free[0].is_free():
+            part, piece = self._queued.popleft(), self._free.popleft()
+            span = part.span
+            read = self.reads.begin(self._files.open(span.path), span.start, piece.memory[: span.bytes])
+            self._reading.append((part, piece, read))
 
-    def _judge(self, filling: Filling) -> None:
-        """Pin what was read where that is too much work; one thread at a time."""
-        if not self._pinning.acquire(blocking=False):
-            return
-        try:
-            if self._pace.is_busy(len(self.threads)) and filling.pinnable:
-                self._pins.add([run.span for run in filling.runs])
-                self._pace.is_busy(1)  # what that took is not to count
-        finally:
-            self._pinning.release()
-
-    def _bring(self, runs: Sequence[Run], filling: Filling, piece: _Piece | None) -> None:
-        """With a piece, runs of one file that fit it, gaps between them included."""
-        if piece is not None:
-            self._through(piece, runs, filling)
-            return
-        for run in runs:
-            self._files.open(run.path).read_into(as_buffer(run.memory), run.start)
-            if filling.fleeting:
-                self._files.open(run.path).give_back(run.start, run.stop)
-
-    def _through(self, piece: _Piece, runs: Sequence[Run], filling: Filling) -> None:
-        file, start, stop = self._files.open(runs[0].path), runs[0].start, max(run.stop for run in runs)
-        if piece.copied is not None:
-            self._pace.waiting(piece.copied.synchronize)
-        file.read_into(as_buffer(piece.memory[: stop - start]), start)
+    def _copy_first(self) -> None:
+        """What was begun first, from its piece, as soon as that is full, to where it goes."""
+        part, piece, read = self._reading.popleft()
+        read.wait()
+        filling, span = part.filling, part.span
         if filling.fleeting:
-            file.give_back(start, stop)
-        assert filling.stream is not None
-        with torch.cuda.stream(filling.stream):
-            for run in runs:
-                run.memory.copy_(piece.memory[run.start - start : run.stop - start], non_blocking=True)
-        piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
-        piece.copied.record(filling.stream)
+            self._files.open(span.path).give_back(span.start, span.stop)
+        assert filling.memory is not None
+        with _on(filling.stream):
+            for run in part.runs:
+                start = run.span.start - span.start
+                _to(filling, run.at, piece.memory[start : start + run.span.bytes])
+        if filling.stream is not None:
+            piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
+            piece.copied.record(filling.stream)
+        self._free.append(piece)
+        filling.left -= 1
 
-    def _fetched(self, filling: Filling) -> bool:
-        """Have the card fetch what is pinned; False for a filling that is not."""
-        parts = [(run.memory, self._pins.parts(run.span)) for run in filling.runs]
-        if filling.stream is None or any(pinned is None for _, pinned in parts):
-            return False
-        for path in {run.path for run in filling.runs}:
+    def _pinned(self, filling: Filling) -> list[tuple[Run, tuple[torch.Tensor, ...]]] | None:
+        """What the card can fetch by itself; None for a filling of which not everything is pinned."""
+        found = [(run, self._pins.parts(run.span)) for run in filling.runs]
+        return None if any(parts is None for _, parts in found) else [(run, parts or ()) for run, parts in found]
+
+    def _fetch(self, filling: Filling) -> None:
+        """Have the card do so."""
+        for path in {run.span.path for run in filling.runs}:
             self._files.open(path).check_unchanged()
-        with torch.cuda.stream(filling.stream):
-            for memory, pinned in parts:
-                start = 0
-                for part in pinned or ():
-                    memory[start : start + len(part)].copy_(part, non_blocking=True)
-                    start += len(part)
-        return True
+        with _on(filling.stream):
+            for run, parts in self._pinned(filling) or ():
+                at = run.at
+                for part in parts:
+                    _to(filling, at, part)
+                    at += len(part)
 
 
-class _Pace:
-    """For how much of their time threads wait for others."""
+def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._since_s, self._waited_s = time.perf_counter(), 0.0
-        self._began_s: dict[int, float] = {}
-        """When those began to wait who are waiting now, by thread."""
 
-    def waiting(self, wait: Callable[[], T]) -> T:
-        """What `wait` returns."""
-        thread = threading.get_ident()
-        with self._lock:
-            self._began_s[thread] = time.perf_counter()
-        try:
-            return wait()
-        finally:
-            with self._lock:
-                self._waited_s += time.perf_counter() - max(self._began_s.pop(thread), self._since_s)
-
-    def is_busy(self, threads: int) -> bool:
-        """Whether so many threads worked for too much of their time since this was last asked."""
-        with self._lock:
-            now_s = time.perf_counter()
-            waited_s = self._waited_s + sum(now_s - max(began_s, self._since_s) for began_s in self._began_s.values())
-            passed_s, self._since_s, self._waited_s = now_s - self._since_s, now_s, 0.0
-        return waited_s < (1 - BUSY) * threads * passed_s
+def _to(filling: Filling, at: int, source: torch.Tensor) -> None:
+    assert filling.memory is not None
+    filling.memory[at : at + len(source)].copy_(source, non_blocking=filling.stream is not None)
 
 
 def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
     """Runs, cut and put together to what of one file spans at most `most` bytes."""
     together: list[Run] = []
-    for run in sorted(runs, key=lambda run: (run.path, run.start)):
-        start = run.start
-        while start < run.stop:
-            first = together[0] if together else None
-            near = first is not None and first.path == run.path and start - together[-1].stop <= MAX_GAP_BYTES
+    for run in sorted(runs, key=lambda run: (run.span.path, run.span.start)):
+        path, start = run.span.path, run.span.start
+        while start < run.span.stop:
+            first = together[0].span if together else None
+            near = first is not None and first.path == path and start - together[-1].span.stop <= MAX_GAP_BYTES
             if first is None or not near or start - first.start >= most:
                 if together:
                     yield together
-                together, first = [], run.within(start, run.stop)
-            stop = min(run.stop, first.start + most)
+                together, first = [], run.within(start, run.span.stop).span
+            stop = min(run.span.stop, first.start + most)
             together.append(run.within(start, stop))
             start = stop
     if together:
         yield together
-
-
-def _as_error(failure: BaseException) -> BaseException:
-    """What the thread met, as the computation is to raise it."""
-    if isinstance(failure, FluxsplitError | MemoryError | RuntimeError):
-        return failure
-    return FluxsplitError(
-        f"the thread that reads the weights was ended by {type(failure).__name__} {failure}".rstrip(),
-        "run it again with --debug",
-    )

@@ -20,18 +20,20 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.memory_plan import PIECE_BYTES
+from fluxsplit.memory_plan import PIECE_BYTES, PIECES
 from fluxsplit.reader import Filling, Reader, Run
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.weights import Span, WeightFiles
 
 ALIGN_BYTES = 256
+MOST_AHEAD = 12
+"""Blocks that are under way at once, however little room they need: those in pinned pages need none."""
 OnRead = Callable[[int], None]
 """Is told how many bytes were read."""
 
@@ -88,8 +90,15 @@ def detach(layout: Layout) -> None:
 class _Slot:
     memory: torch.Tensor
     stream: torch.cuda.Stream | None
-    number: int = -1
-    filling: Filling | None = None
+
+
+@dataclass(slots=True)
+class _Coming:
+    """A block that is under way: read ahead, and sent once it has a slot."""
+
+    number: int
+    filling: Filling
+    slot: _Slot | None = None
 
 
 class Streaming:
@@ -109,34 +118,36 @@ class Streaming:
         fleeting: frozenset[int] = frozenset(),
         as_card: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
+        pieces: int | None = None,
         pinnable: frozenset[int] = frozenset(),
         on_read: OnRead = lambda count: None,
     ) -> None:
-        """Allocate everything and load what stays, read by `readers` threads for a card and with `ahead` by one else.
+        """Allocate everything and load what stays, read by `readers` threads through `pieces` of RAM, two each if None.
 
-        With `ahead` the next block is read while one is computed; without, when it is asked for.
+        With `ahead` the blocks that come next are read while one is computed; without, when they are asked for.
 
         `fleeting` are blocks for which there is no room in RAM: their pages are given back once they are read, so that
         those of the others stay.
         `pinnable` are those that are pinned in the page cache, where reading is what everything waits for.
-        `as_card` is for tests of a CPU: through pinned pieces and streams, as a card needs it.
+        `as_card` is for tests of a CPU: with streams, as a card has them.
         """
         self._files, self._device, self._on_read = files, device, on_read
         self._layouts = [layout(block, as_mapped=device.type == "cpu") for block in blocks]
+        self._runs = [_runs(layout) for layout in self._layouts]
         self._streamed = frozenset(range(len(blocks))) - resident
         order = sorted(self._streamed)
         self._order = iter(order) if once else itertools.cycle(order)
         self._fresh, self._fleeting, self._pinnable = set(self._streamed), fleeting, pinnable
         self._as_card = device.type == "cuda" if as_card is None else as_card
-        threads = readers if self._as_card else int(ahead)
-        self._reader = Reader(files, in_pieces=self._as_card, piece_bytes=piece_bytes, threads=threads)
-        self._load([self._layouts[number] for number in sorted(resident)])
+        count = PIECES * readers if pieces is None else pieces
+        self._reader = Reader(files, pieces=count, piece_bytes=piece_bytes, threads=readers)
+        self._load(sorted(resident))
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
         self._free = deque(_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0))
-        self._coming: deque[_Slot] = deque()
+        self._coming: deque[_Coming] = deque()
         self._ahead = ahead
-        for _ in range(len(self._free) if ahead else 0):
-            self._fill_next()
+        if ahead:
+            self._go_on()
 
     @contextlib.contextmanager
     def brought_in(self, number: int) -> Iterator[None]:
@@ -148,20 +159,20 @@ class Streaming:
             yield
             return
         if not self._ahead:
-            self._fill_next()
+            self._begin_next()
         if not self._coming or self._coming[0].number != number:
-            coming = [slot.number for slot in self._coming]
+            coming = [block.number for block in self._coming]
             raise FluxsplitError(f"block {number} was asked for when {coming} were coming", "this is a bug")
-        slot = self._coming.popleft()
-        assert slot.filling is not None
-        self._wait(slot.filling, self._layouts[number])
+        block = self._coming.popleft()
+        slot = block.slot or self._send(block)
+        self._wait(block.filling, self._layouts[number])
         attach(self._layouts[number], slot.memory)
         try:
             yield
         finally:
             self._free.append(slot)
             if self._ahead:
-                self._fill_next()
+                self._go_on()
 
     def close(self) -> None:
         """End the reader threads and let go of the slots; blocks cannot be brought in afterwards.
@@ -169,8 +180,8 @@ class Streaming:
         What has begun to come still comes: whoever gets the slots' memory next is behind it.
         """
         self._reader.close()
-        for slot in (*self._coming, *self._free):
-            if slot.stream is not None:
+        for slot in (*(block.slot for block in self._coming), *self._free):
+            if slot is not None and slot.stream is not None:
                 torch.cuda.current_stream(self._device).wait_stream(slot.stream)
         if self._reader.pinned_bytes:
             torch.cuda.synchronize(self._device)
@@ -178,39 +189,36 @@ class Streaming:
         for number in self._streamed:
             detach(self._layouts[number])
 
-    def _fill_next(self) -> None:
-        """Begin to bring in whichever block is next, if one is, after all that was computed from its slot so far."""
+    def _go_on(self) -> None:
+        """Read as far ahead as there is room for; what comes next gets the slots that are free."""
+        while len(self._coming) < MOST_AHEAD and not self._reader.is_full and self._begin_next():
+            pass
+        for block in self._coming:
+            if block.slot is None and self._free:
+                self._send(block)
+
+    def _begin_next(self) -> bool:
+        """Begin to read whichever block is next; False if none is."""
         number = next(self._order, None)
         if number is None:
-            return
-        slot = self._free.popleft()
+            return False
+        fresh, fleeting = number in self._fresh, number in self._fleeting
+        filling = Filling(self._runs[number], fleeting, number in self._pinnable and not fresh)
+        if not fleeting:
+            self._fresh.discard(number)
+        self._reader.begin(filling)
+        self._coming.append(_Coming(number, filling))
+        return True
+
+    def _send(self, block: _Coming) -> _Slot:
+        """Have it come to a slot that is free, after all that was computed from that so far."""
+        block.slot = slot = self._free.popleft()
         if slot.stream is not None:
             used = torch.cuda.Event()
             used.record(torch.cuda.current_stream(self._device))
             slot.stream.wait_event(used)
-        slot.number = number
-        fresh, fleeting = number in self._fresh, number in self._fleeting
-        pinnable = number in self._pinnable and not fresh
-        slot.filling = self._begin(self._layouts[number], slot.memory, slot.stream, fleeting, pinnable)
-        if number not in self._fleeting:
-            self._fresh.discard(number)
-        self._coming.append(slot)
-
-    def _begin(
-        self,
-        layout: Layout,
-        memory: torch.Tensor,
-        stream: torch.cuda.Stream | None,
-        fleeting: bool = False,
-        pinnable: bool = False,
-    ) -> Filling:
-        runs = [
-            Run(place.span.path, place.span.start, memory[place.offset : place.offset + place.span.bytes])
-            for place in layout.places
-        ]
-        filling = Filling(runs, stream, fleeting, pinnable)
-        self._reader.begin(filling)
-        return filling
+        self._reader.send(block.filling, slot.memory, slot.stream)
+        return slot
 
     def _wait(self, filling: Filling, layout: Layout) -> None:
         """Until all is read; what is computed from now on waits on the device for the copies."""
@@ -220,20 +228,35 @@ class Streaming:
             torch.cuda.current_stream(self._device).wait_stream(filling.stream)
         self._on_read(sum(place.span.bytes for place in layout.places))
 
-    def _load(self, layouts: list[Layout]) -> None:
+    def _load(self, numbers: Sequence[int]) -> None:
         """Load what stays, all of it under way at once."""
         begun, stream = [], self._stream()
-        for one in layouts:
-            memory = _aligned(one.bytes, self._device)
+        for number in numbers:
+            memory, filling = _aligned(self._layouts[number].bytes, self._device), Filling(self._runs[number])
             if stream is not None:  # what the allocator hands out may still be in use
                 stream.wait_stream(torch.cuda.current_stream(self._device))
-            begun.append((one, memory, self._begin(one, memory, stream)))
-        for one, memory, filling in begun:
-            self._wait(filling, one)
-            attach(one, memory)
+            self._reader.begin(filling)
+            self._reader.send(filling, memory, stream)
+            begun.append((self._layouts[number], memory, filling))
+        for layout, memory, filling in begun:
+            self._wait(filling, layout)
+            attach(layout, memory)
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream(self._device) if self._as_card else None
+
+
+def _runs(layout: Layout) -> tuple[Run, ...]:
+    """A block's matrices; those that are neighbours in the file and in memory, as q, k and v, are one."""
+    found: list[Run] = []
+    for place in layout.places:
+        last = found[-1] if found else None
+        joins = last is not None and (last.span.path, last.span.stop) == (place.span.path, place.span.start)
+        if last is not None and joins and last.at + last.span.bytes == place.offset:
+            found[-1] = Run(replace(last.span, stop=place.span.stop), last.at)
+        else:
+            found.append(Run(place.span, place.offset))
+    return tuple(found)
 
 
 def _aligned(count: int, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,6 +87,10 @@ class WeightFile:
             if not got:
                 raise FluxsplitError(f"{self.path} was cut short during the run", _CHANGED_HINT)
             done += got
+
+    def another_handle(self) -> int:
+        """Of the same open file, for whoever reads it elsewhere; to be closed."""
+        return os.dup(self._handle)
 
     def _pread(self, buffer: memoryview, start: int) -> int:
         if hasattr(os, "preadv"):
@@ -180,6 +185,12 @@ class WeightFiles:
         if not math.isfinite(value):
             raise FluxsplitError(f"{Path(source.path).name}: {source.scale.name} is {value}")
         return value
+
+
+def as_buffer(memory: torch.Tensor) -> memoryview:
+    """A uint8 tensor on the CPU as something that can be read into."""
+    array: Any = memory.numpy()
+    return memoryview(array)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

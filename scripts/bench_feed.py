@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fluxsplit.pinned import FilePins, as_buffer, pinned_ram
+from fluxsplit.background_reads import Read, Reads, ThreadReads, reads_by
+from fluxsplit.pinned import FilePins, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
 MIB = 1 << 20
 TORCHS = ((16, 32, 3), (14, 32, 3), (12, 32, 3), (8, 32, 3), (8, 16, 6))
 """Threads of torch's, MiB of a piece, pieces."""
-PYTHONS = ((4, 16), (6, 16), (8, 16), (12, 16), (8, 8), (8, 32))
-"""Threads of Python's, MiB of the piece that each has."""
+READS = ((4, 16), (6, 16), (8, 16), (6, 32))
+"""Threads that read, MiB of a piece, of which there are twice as many."""
 WINDOW_BYTES = 256 * MIB
 
 Way = Callable[[int], None]
@@ -70,24 +70,29 @@ class Feed:
 
         return lambda count: _together([lambda: work(count)])
 
-    def by_pythons_threads(self, threads: int, piece_bytes: int) -> Way:
-        """As the product's reader does: each thread reads into a piece of its own."""
-        ring = [pinned_ram(piece_bytes) for _ in range(threads)]
-
-        def work(starts: queue.SimpleQueue[int | None], piece: torch.Tensor) -> None:
-            sent = None
-            while (start := starts.get()) is not None:
-                _wait(sent)
-                self.file.read_into(as_buffer(piece), start)
-                sent = self.send(piece)
+    def by_reads(self, reads: Reads, piece_bytes: int, pieces: int) -> Way:
+        """As the product's reader does: whoever computes begins reads of pieces, and sends those that have ended."""
+        ring = [pinned_ram(piece_bytes) for _ in range(pieces)]
 
         def bring(count: int) -> None:
-            starts: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-            for start in (*range(0, count, piece_bytes), *[None] * threads):
-                starts.put(start)
-            _together([partial(work, starts, piece) for piece in ring])
+            sent: list[torch.cuda.Event | None] = [None] * pieces
+            under_way: deque[tuple[int, Read]] = deque()
+            for number, start in enumerate(range(0, count, piece_bytes)):
+                if number >= pieces:
+                    self._send_first(under_way, ring, sent)
+                _wait(sent[number % pieces])
+                under_way.append((number % pieces, reads.begin(self.file, start, ring[number % pieces])))
+            while under_way:
+                self._send_first(under_way, ring, sent)
 
-        return bring
+        return lambda count: _together([lambda: bring(count)])
+
+    def _send_first(
+        self, under_way: deque[tuple[int, Read]], ring: list[torch.Tensor], sent: list[torch.cuda.Event | None]
+    ) -> None:
+        at, read = under_way.popleft()
+        read.wait()
+        sent[at] = self.send(ring[at])
 
     def pinned(self, count: int) -> tuple[FilePins, Way | None]:
         """The file's own pages, which the card fetches by itself; None where the driver refuses. To be closed."""
@@ -140,8 +145,13 @@ def ways(feed: Feed, count: int) -> Iterator[tuple[str, Way]]:
     """All ways with what they are called."""
     for threads, mib, pieces in TORCHS:
         yield f"{threads} of torch's, {pieces} pieces of {mib} MiB", feed.by_torchs_threads(threads, mib * MIB, pieces)
-    for threads, mib in PYTHONS:
-        yield f"{threads} of Python's, {mib} MiB each", feed.by_pythons_threads(threads, mib * MIB)
+    for threads, mib in READS:
+        for name, reads in (("the C library's", reads_by(threads)), ("Python's", ThreadReads(threads))):
+            yield (
+                f"{threads} of {name}, {2 * threads} pieces of {mib} MiB",
+                feed.by_reads(reads, mib * MIB, 2 * threads),
+            )
+            reads.close()
     if feed.stream is not None and torch.version.hip is None:
         started_s = time.perf_counter()
         pins, bring = feed.pinned(count)

@@ -51,7 +51,7 @@ class Moved:
         def counting(reader: Reader, filling: Filling) -> None:
             begin(reader, filling)
             self._readers.add(reader)
-            self.bytes += sum(run.memory.numel() for run in filling.runs)
+            self.bytes += sum(run.span.bytes for run in filling.runs)
 
         Reader.begin = counting  # type: ignore[method-assign, assignment]
 

@@ -32,6 +32,9 @@ class Event:
         mark = self.mark = [False]
         stream.give(lambda: mark.__setitem__(0, True))
 
+    def query(self) -> bool:
+        return self.mark[0]
+
     def synchronize(self) -> None:
         self._card.run_until(self.mark)
 

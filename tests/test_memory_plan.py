@@ -93,11 +93,14 @@ def test_what_a_chip_takes_of_the_ram_is_no_room_for_the_page_cache() -> None:
 
 
 @pytest.mark.parametrize("budget_gb", [2, 4, 6, 8])
-def test_at_most_every_second_block_that_streams_is_pinned(budget_gb: int) -> None:
-    """Whatever RAM there is: those who read have the time of two blocks for each, and the model is never all pinned."""
+def test_at_most_half_of_what_streams_is_pinned(budget_gb: int) -> None:
+    """Whatever RAM there is; spread so that in any few blocks there is as much to read as in others."""
     got = plan(budget_gb, device=replace(CARD, ram_bytes=1000 * GB))
-    turns = "".join("p" if number in got.pinnable else "r" for number in got.streamed)
-    assert set(got.pinnable) <= set(got.streamed) and "pp" not in turns
+    assert set(got.pinnable) <= set(got.streamed)
+    read = [0 if number in got.pinnable else SCHNELL.blocks[number].bytes for number in got.streamed]
+    each = sum(read) / len(read)
+    sums = [sum(read[start : start + 6]) for start in range(len(read) - 5)]
+    assert all(abs(some - 6 * each) <= DOUBLE for some in sums[3:]), "the first few may be more"
     assert got.pinnable_bytes == sum(SCHNELL.blocks[number].bytes for number in got.pinnable)
     assert 0.5 * got.streamed_bytes - DOUBLE <= got.pinnable_bytes <= 0.5 * got.streamed_bytes
 
@@ -105,18 +108,18 @@ def test_at_most_every_second_block_that_streams_is_pinned(budget_gb: int) -> No
 def test_what_may_be_pinned_is_a_quarter_of_the_free_ram_and_none_where_it_stalls() -> None:
     short = plan(2, device=replace(CARD, ram_bytes=14 * GB))
     assert not short.fleeting and 3.5 * GB - DOUBLE <= short.pinnable_bytes <= 3.5 * GB
-    gaps = [b - a for a, b in zip(short.pinnable, short.pinnable[1:], strict=False)]
-    assert gaps.count(1) <= 1 and max(gaps) <= 4, "spread; once, where blocks become smaller, two are neighbours"
     assert plan(2, device=RDNA2).pinnable == plan(2, device=replace(CARD, unified=True)).pinnable == ()
     assert plan(24).pinnable == ()
 
 
-def test_every_reader_has_two_pieces() -> None:
-    def pinned(cores: int) -> tuple[int, int]:
-        got = plan(6, device=replace(CARD, processor_cores=cores))
-        return got.readers, got.pinned_bytes // (PIECE_BYTES + ONCE_PIECE_BYTES)
+def test_two_blocks_of_those_that_stream_have_room_in_pinned_ram() -> None:
+    def pinned(cores: int, budget_gb: float) -> tuple[int, int]:
+        got = plan(budget_gb, device=replace(CARD, processor_cores=cores))
+        assert got.pinned_bytes == got.pieces * PIECE_BYTES + 2 * got.readers * ONCE_PIECE_BYTES
+        return got.readers, got.pieces
 
-    assert [pinned(cores) for cores in (2, 4, 6, 7, 16)] == [(1, 2), (2, 4), (4, 8), (5, 10), (6, 12)]
+    assert [pinned(cores, 24) for cores in (2, 4, 6, 7, 16)] == [(1, 2), (2, 4), (4, 8), (5, 10), (6, 12)]
+    assert [pinned(2, budget_gb)[1] for budget_gb in (8, 2)] == [14, 28], "single blocks, double ones"
 
 
 def test_modulations_of_every_step_and_text_are_ram() -> None:

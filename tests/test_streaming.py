@@ -19,14 +19,13 @@ import torch
 from simulated_card import Card
 from small_flux import image, sample, write_conditioning, write_flux
 
-from fluxsplit import checkpoint, pinned, reader
+from fluxsplit import background_reads, checkpoint, pinned, reader
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.read_ahead import ReadAhead, spans
-from fluxsplit.reader import Reader
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
-from fluxsplit.weights import Span, WeightFile, WeightFiles
+from fluxsplit.weights import Span, WeightFile, WeightFiles, as_buffer
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -67,6 +66,12 @@ def pins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(pinned, "pin", pin)
     monkeypatch.setattr(pinned, "unpin", lambda memory: found.remove(memory.numel()))
     return found
+
+
+@pytest.fixture
+def by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the C library has no reads that go on by themselves."""
+    monkeypatch.setattr(background_reads, "_works", lambda: False)
 
 
 @pytest.fixture
@@ -138,12 +143,13 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
 ) -> None:
     """Every order that the events allow: a computation sees the block it was given, as often as it is brought in."""
     monkeypatch.setattr(reader, "BUSY", 0.0)  # always
-    for seed in range(12):
+    for seed in range(24):
+        monkeypatch.setattr(background_reads, "_works", lambda seed=seed: bool(seed % 5))
         card = Card(monkeypatch, seed)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device, card=card: card.run())
         flux, files = load(path)
         how: dict[str, Any] = {"as_card": True, "piece_bytes": 1 << (11 + seed % 4), "slots": slots, "ahead": ahead}
-        how["readers"] = 1 + seed % 4
+        how |= {"readers": 1 + seed % 4, "pieces": (None, 1, 2, 9)[seed // 3 % 4]}
         how["pinnable"] = (frozenset(range(BLOCKS)), frozenset(range(0, BLOCKS, 2)), frozenset[int]())[seed % 3]
         loader = Streaming(flux.blocks, files, CPU, resident=frozenset({seed % BLOCKS}), **how)
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -153,13 +159,14 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
                     wanted = place.mapped.view(torch.uint8)
                     seen.append((torch.zeros_like(wanted), wanted))
                     seen[-1][0].copy_(place.linear.stored.view(torch.uint8), non_blocking=True)
-        for slot in loader._coming if seed % 2 else ():  # with copies under way
-            assert slot.filling is not None and slot.filling.done.wait(30)
+        for block in loader._coming if seed % 2 else ():  # with copies under way
+            if block.slot is not None:
+                loader._reader.wait(block.filling)
         assert bool(pins) == bool(how["pinnable"] and loader._reader.pinned_bytes)
         assert sum(pins) <= sum(loader._layouts[number].bytes for number in how["pinnable"])
         loader.close()
         assert not pins, "what was pinned is pinned no more"
-        over = [slot.memory for slot in (*loader._coming, *loader._free)]
+        over = [slot.memory for slot in (*(block.slot for block in loader._coming), *loader._free) if slot is not None]
         for memory in over:  # as whoever is given this memory next
             memory.copy_(torch.full_like(memory, 7), non_blocking=True)
         card.run()
@@ -238,31 +245,57 @@ def test_a_card_is_read_for_by_as_many_threads_whether_blocks_take_turns_or_not(
             flux.blocks, files, CPU, as_card=True, readers=3, ahead=slots > 1, slots=slots, resident=resident
         )
         loaders.append(loader)
-        assert len(loader._reader.threads) == 3
+        with loader.brought_in(0):
+            pass
+        if sys.platform == "linux":
+            (handles,) = loader._reader.reads._handles.values()  # type: ignore[attr-defined]
+            assert len(handles) == 3
 
 
-def test_what_is_pinned_is_what_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("computed_s", "read_s", "pinned"),
+    [(1.0, 0.0, 0), (1.0, 0.2, 0), (1.0, 0.4, BLOCKS), (0.0, 0.2, BLOCKS)],
+)
+def test_what_is_pinned_is_what_comes_too_late(
+    path: Path, computed_s: float, read_s: float, pinned: int, monkeypatch: pytest.MonkeyPatch, pins: list[int]
+) -> None:
+    """By a clock that goes on while a block is computed, and while one waits for it to be read."""
+    Card(monkeypatch, at_once=True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     now_s = 0.0
-    asked: list[bool] = []
 
-    def later(seconds: float) -> None:
-        nonlocal now_s
-        now_s += seconds
+    class Slow:
+        """Reads at the last moment."""
 
+        def __init__(self, threads: int) -> None:
+            pass
+
+        def begin(self, file: WeightFile, start: int, memory: torch.Tensor) -> Slow:
+            self._read = lambda: file.read_into(as_buffer(memory), start)
+            return self
+
+        def is_done(self) -> bool:
+            return False
+
+        def wait(self) -> None:
+            nonlocal now_s
+            now_s += read_s
+            self._read()
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(reader, "reads_by", Slow)
     monkeypatch.setattr(time, "perf_counter", lambda: now_s)
-    pace = reader._Pace()
-    later(1)
-    assert pace.is_busy(1), "all of a second at work"
-    later(0.2)
-    assert pace.waiting(lambda: later(0.8)) is None
-    assert not pace.is_busy(1)
-    later(0.2)
-    pace.waiting(lambda: later(0.8))
-    assert pace.is_busy(2), "six tenths of the time of two"
-    pace.waiting(lambda: (later(1), asked.append(pace.is_busy(1)), later(0.1)))
-    assert asked == [False], "who is waiting still counts"
-    later(1)
-    assert pace.is_busy(1), "and not twice"
+    flux, files = load(path)
+    how: dict[str, Any] = {"pinnable": frozenset(range(BLOCKS)), "ahead": False, "pieces": 1, "piece_bytes": 1 << 20}
+    loader = Streaming(flux.blocks, files, CPU, as_card=True, **how)
+    for number in 2 * [*range(BLOCKS)]:
+        with loader.brought_in(number):
+            now_s += computed_s
+    assert len(loader._reader._pins._parts) == sum(len(loader._runs[number]) for number in range(pinned))
+    loader.close()
+    assert not pins
 
 
 @pytest.mark.parametrize("fleeting", [(), (1, 3), tuple(range(BLOCKS))])
@@ -272,6 +305,7 @@ def test_what_does_not_stay_in_ram_is_read_in_every_pass_and_given_back(
     Card(monkeypatch, at_once=True)
     read, given = Count(), Count()
     monkeypatch.setattr(WeightFile, "give_back", lambda self, start, stop: given(stop - start))
+    monkeypatch.setattr(background_reads, "_works", lambda: False)
     read_into = WeightFile.read_into
 
     def reading(self: WeightFile, buffer: memoryview, start: int) -> None:
@@ -419,27 +453,32 @@ def kill(thread: threading.Thread) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
+@pytest.mark.usefixtures("by_threads")
 def test_a_reader_thread_that_is_killed_stops_the_run(path: Path, text: Conditioning) -> None:
     """Killed while it waits for work: it takes the next block with it, or tells of it."""
     flux, files = load(path)
     loader = streaming(flux, files)
     flux.velocities(forwards(text))
-    kill(loader._reader.threads[0])
+    reads = loader._reader.reads
+    assert isinstance(reads, background_reads.ThreadReads)
+    kill(reads.threads[0])
     with pytest.raises(FluxsplitError, match=r"thread that reads the weights (was )?ended"):
         for _ in range(5):  # a pass may still find its slots filled
             flux.velocities(forwards(text))
 
 
+@pytest.mark.usefixtures("by_threads")
 def test_a_reader_thread_that_is_gone_without_a_word_stops_the_run(
     path: Path, text: Conditioning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Reader, "_work", lambda self, piece: None)
+    monkeypatch.setattr(background_reads.ThreadReads, "_work", lambda self: None)
     flux, files = load(path)
     streaming(flux, files)
     with pytest.raises(FluxsplitError, match="the thread that reads the weights ended"):
         flux.velocities(forwards(text))
 
 
+@pytest.mark.usefixtures("by_threads")
 def test_a_reader_thread_that_is_killed_at_a_read_stops_the_run(
     path: Path, text: Conditioning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
