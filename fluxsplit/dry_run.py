@@ -163,7 +163,10 @@ def memory_rows(memory: MemoryPlan, model: Model) -> list[tuple[str, str, str]]:
     once = "matrices of timestep and prompt, read once before the first step"
     rows.append(("modulation", memory.modulation_bytes, once))
     if memory.slots:
-        rows.append(("slots", memory.slots * memory.slot_bytes, f"{memory.slots} of {bytes_text(memory.slot_bytes)}"))
+        spare = f", and {bytes_text(memory.spare_bytes)}" if memory.spare_bytes else ""
+        taken_bytes = memory.slots * memory.slot_bytes + memory.spare_bytes
+        slots = f"{memory.slots} of {bytes_text(memory.slot_bytes)}{spare}, in which they take turns"
+        rows.append(("slots", taken_bytes, slots))
     if memory.pinned_bytes:
         rows.append(("pinned RAM", memory.pinned_bytes, "that blocks pass through; not of the budget"))
     if memory.pinnable_bytes:

@@ -29,10 +29,14 @@ PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
 """Pinned RAM of each thread that reads, for a card's blocks and before the steps; powers of two, as torch makes it."""
 MAX_READERS, OTHERS = 6, 2
 """Threads that read for a card, at most, and cores that are left to who computes and to the system."""
+ALIGN_BYTES = 256
+"""Every block's memory on a card, and every matrix's in it, begins at a multiple of this."""
 PINNABLE_SHARE = 0.5
 """Of what streams: reading then has twice the time for each byte, and no model is pinned whole."""
 PIECES = 2
 """Of each reader, at least: the card fetches one while the other is filled."""
+LEFT_ALONE = 0.02
+"""Of a budget, where what it leaves lets blocks come further ahead."""
 STAGED_BLOCKS = 2
 """For which there is pinned RAM: one is read while the card fetches the other."""
 FRAGMENTED = 0.06
@@ -68,6 +72,8 @@ class MemoryPlan:
     slots: int
     """Device memory for blocks in turn; 0 where nothing is copied, 1 where reading and computing take turns."""
     slot_bytes: int
+    spare_bytes: int
+    """Such memory besides, of what the budget leaves: up to one slot more."""
     pieces: int
     """Pinned RAM that the copies of blocks go through, each `PIECE_BYTES`."""
     pinned_bytes: int
@@ -203,7 +209,13 @@ def _plan(
     tokens = sorted((tokens_of(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
     held = held_memory(model, work, device, dtype, together, tokens)
     peak = held.bytes if on_cpu else held.bytes + resident_bytes + slots * slot_bytes
-    lost = 0 if on_cpu or device.growing_segments else int(peak * FRAGMENTED)
+    lost_share = 0.0 if on_cpu or device.growing_segments else FRAGMENTED
+    spare_bytes = 0
+    if slots > 1:
+        left_bytes = budget_bytes * (1 - LEFT_ALONE) / (1 + lost_share) - peak
+        spare_bytes = max(0, min(slot_bytes, int(left_bytes))) // ALIGN_BYTES * ALIGN_BYTES
+        peak += spare_bytes
+    lost = int(peak * lost_share)
     readers = 0 if on_cpu else readers_of(device)
     staged = -(-slot_bytes // PIECE_BYTES) * STAGED_BLOCKS if slots > 1 else 0
     pieces = max(readers * PIECES, staged)
@@ -228,6 +240,7 @@ def _plan(
         readers=readers,
         slots=slots,
         slot_bytes=slot_bytes,
+        spare_bytes=spare_bytes,
         pieces=pieces,
         pinned_bytes=pinned,
         pinnable=pinnable,

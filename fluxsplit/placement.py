@@ -95,6 +95,7 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
         ahead=plan.slots > 1,
         readers=plan.readers,
         pieces=plan.pieces,
+        spare_bytes=plan.spare_bytes,
         fleeting=frozenset(plan.fleeting),
         pinnable=frozenset(plan.pinnable),
         on_read=told.read,

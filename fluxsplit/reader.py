@@ -4,12 +4,13 @@ Pieces take turns. One is filled with what the page cache or the disk holds of t
 its copies to the card begin when it is full and it is known where they go; as soon as they have ended it can be filled
 again. All of them together hold about two blocks, so that those that come next are read while others are computed.
 Neither a second file nor the model in RAM is made on the way. Whoever computes does all of this in between, from one
-thread: there is nothing to lock, and the order of all copies is that in which they were asked for.
+thread: there is nothing to lock, and blocks leave for the card in the order in which they were begun.
 
 Where reading takes more than a quarter of the time, it takes memory's bandwidth and processors from whoever computes,
 or is too slow already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches
 those by itself, and they cost neither a copy nor memory of ours, but for the run their pages cannot be dropped from
 RAM. So only some of them may be, which the plan has spread among the others: while those cross the bus reading goes on.
+They have a stream of their own, since they may set off while one that comes before them is still being read.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class Filling:
     """Whether they are there, and may be pinned."""
     memory: torch.Tensor | None = None
     """Where they go, uint8, once that is known."""
-    stream: torch.cuda.Stream | None = None
-    """Which the copies are given to, for a card."""
+    after: torch.cuda.Event | None = None
+    """What the first of its copies has to wait for, on a card."""
+    arrived: torch.cuda.Event | None = None
+    """When the last of its copies has ended; None where there are no streams."""
     parts: int = 0
     """That it is read in; 0 for one that the card fetches from pinned pages."""
     left: int = 0
@@ -91,7 +94,17 @@ class _Part:
 class Reader:
     """Brings fillings in, in the order in which they are begun."""
 
-    def __init__(self, files: WeightFiles, *, pieces: int, piece_bytes: int, threads: int) -> None:
+    def __init__(
+        self,
+        files: WeightFiles,
+        *,
+        pieces: int,
+        piece_bytes: int,
+        threads: int,
+        streams: tuple[torch.cuda.Stream | None, torch.cuda.Stream | None] = (None, None),
+    ) -> None:
+        """`streams` are a card's: for what is read and for what is pinned."""
+        self.streams = streams
         self._files, self._piece_bytes = files, piece_bytes
         self._pins, self._since_s = FilePins(files), time.perf_counter()
         self.reads = reads_by(threads)
@@ -118,15 +131,15 @@ class Reader:
             self._queued.extend(parts)
         self._go_on()
 
-    def send(self, filling: Filling, memory: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
-        """Say where it goes: what is read of it already sets off, the rest as it comes."""
-        filling.memory, filling.stream = memory, stream
+    def send(self, filling: Filling, memory: torch.Tensor, after: torch.cuda.Event | None) -> None:
+        """Say where it goes, and when it may: what is read of it already sets off, the rest as it comes."""
+        filling.memory, filling.after = memory, after
         if not filling.parts:
             self._fetch(filling)
         self._go_on()
 
     def wait(self, filling: Filling) -> None:
-        """Until all its copies are given to its stream, or made where it has none.
+        """Until all its copies are given to a stream, or made where there is none: then `arrived` is set.
 
         Raises FluxsplitError where the bytes cannot be read.
         """
@@ -183,14 +196,14 @@ class Reader:
         filling, span = part.filling, part.span
         if filling.fleeting:
             self._files.open(span.path).give_back(span.start, span.stop)
-        assert filling.memory is not None
-        with _on(filling.stream):
+        stream, is_first, is_last = self.streams[0], filling.left == filling.parts, filling.left == 1
+        with _on(stream, filling, is_first, is_last):
             for run in part.runs:
                 start = run.span.start - span.start
-                _to(filling, run.at, piece.memory[start : start + run.span.bytes])
-        if filling.stream is not None:
-            piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
-            piece.copied.record(filling.stream)
+                _copy(piece.memory[start : start + run.span.bytes], filling, run.at)
+            if stream is not None:
+                piece.copied = piece.copied or torch.cuda.Event(blocking=True)  # who waits for it sleeps
+                piece.copied.record(stream)
         self._free.append(piece)
         filling.left -= 1
 
@@ -203,21 +216,32 @@ class Reader:
         """Have the card do so."""
         for path in {run.span.path for run in filling.runs}:
             self._files.open(path).check_unchanged()
-        with _on(filling.stream):
+        with _on(self.streams[1], filling, True, True):
             for run, parts in self._pinned(filling) or ():
                 at = run.at
                 for part in parts:
-                    _to(filling, at, part)
+                    _copy(part, filling, at)
                     at += len(part)
 
 
-def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream | None, filling: Filling, is_first: bool, is_last: bool) -> Iterator[None]:
+    """While it is entered copies go to the stream, the first of a filling after what it must wait for."""
+    if stream is None:
+        yield
+        return
+    if is_first and filling.after is not None:
+        stream.wait_event(filling.after)
+    with torch.cuda.stream(stream):
+        yield
+    if is_last:
+        filling.arrived = torch.cuda.Event()
+        filling.arrived.record(stream)
 
 
-def _to(filling: Filling, at: int, source: torch.Tensor) -> None:
+def _copy(source: torch.Tensor, filling: Filling, at: int) -> None:
     assert filling.memory is not None
-    filling.memory[at : at + len(source)].copy_(source, non_blocking=filling.stream is not None)
+    filling.memory[at : at + len(source)].copy_(source, non_blocking=True)
 
 
 def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:

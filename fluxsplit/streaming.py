@@ -1,17 +1,17 @@
 """Brings each block's stored bytes to the device just before it is computed, from the user's own file.
 
-A card cannot compute from the page cache, and not all blocks fit on it. Those that do stay there; the rest take
-turns in two slots of device memory, each as large as the largest of them, filled one ahead in the order in which the
-blocks are computed. A few threads do that (`reader`). Float8 crosses the bus as float8.
+A card cannot compute from the page cache, and not all blocks fit on it. Those that do stay there; the rest take turns
+in a ring of device memory, in the order in which they are computed: each has the place that the oldest have left, and
+so many are there ahead of their turn as there is room for, two of the largest at least. Float8 crosses the bus as
+float8.
 
-    reader  ── slot's stream ──→ slot ┄┄┄┄ compute waits for the slot's stream ┄┄┄┄→  compute stream
-            slot's stream waits for `used`  ←┄┄┄┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
+    reader  ── its streams ──→ ring ┄┄┄┄ compute waits for `arrived` ┄┄┄┄→  compute stream
+            its streams wait for `used`  ←┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture
 
-So each waits for the other on the device: compute for all that the slot's stream was given, and that stream for `used`
-before it writes into the slot again. (diffusers' group offloading has neither, which is a race: diffusers#13502.) Every
-slot has a stream of its own, so that the pieces of one do not wait for the other slot to be used. On a CPU the slots
-are plain memory and there are no streams. Without threads the same reads and copies happen when a block is asked for;
-the bits are the same.
+So each waits for the other on the device: compute for the last copy of a block, and the copies for the computation that
+was the last to use their place. (diffusers' group offloading has neither, which is a race: diffusers#13502.) On a CPU
+the ring is plain memory and there are no streams. Where there is room for one block only, the same reads and copies
+happen when a block is asked for; the bits are the same.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import torch
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.memory_plan import PIECE_BYTES, PIECES
+from fluxsplit.memory_plan import ALIGN_BYTES, PIECE_BYTES, PIECES
 from fluxsplit.reader import Filling, Reader, Run
+from fluxsplit.ring import Place, Ring
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.weights import Span, WeightFiles
 
-ALIGN_BYTES = 256
 MOST_AHEAD = 12
 """Blocks that are under way at once, however little room they need: those in pinned pages need none."""
 OnRead = Callable[[int], None]
@@ -39,7 +39,7 @@ OnRead = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MatrixPlace:
     """Where a matrix lies in its block's memory."""
 
     linear: StoredLinear
@@ -53,7 +53,7 @@ class Place:
 class Layout:
     """The matrices of one block, laid out one after the other."""
 
-    places: tuple[Place, ...]
+    places: tuple[MatrixPlace, ...]
     bytes: int
 
 
@@ -68,7 +68,7 @@ def layout(block: nn.Module, as_mapped: bool = False) -> Layout:
         if isinstance(child, StoredLinear) and child.span is not None:
             span = child.span
             off = span.start % ALIGN_BYTES if as_mapped and span.start % child.stored.itemsize == 0 else 0
-            places.append(Place(child, span, at + off, child.stored))
+            places.append(MatrixPlace(child, span, at + off, child.stored))
             at += -(-(off + span.bytes) // ALIGN_BYTES) * ALIGN_BYTES
     return Layout(tuple(places), at)
 
@@ -87,18 +87,12 @@ def detach(layout: Layout) -> None:
 
 
 @dataclass(slots=True)
-class _Slot:
-    memory: torch.Tensor
-    stream: torch.cuda.Stream | None
-
-
-@dataclass(slots=True)
 class _Coming:
-    """A block that is under way: read ahead, and sent once it has a slot."""
+    """A block that is under way: read ahead, and sent once it has a place."""
 
     number: int
     filling: Filling
-    slot: _Slot | None = None
+    place: Place | None = None
 
 
 class Streaming:
@@ -119,13 +113,14 @@ class Streaming:
         as_card: bool | None = None,
         piece_bytes: int = PIECE_BYTES,
         pieces: int | None = None,
+        spare_bytes: int = 0,
         pinnable: frozenset[int] = frozenset(),
         on_read: OnRead = lambda count: None,
     ) -> None:
         """Allocate everything and load what stays, read by `readers` threads through `pieces` of RAM, two each if None.
 
-        With `ahead` the blocks that come next are read while one is computed; without, when they are asked for.
-
+        The ring has room for `slots` of the largest block that streams, and `spare_bytes`.
+        With `ahead` the blocks that come next are brought while one is computed; without, when they are asked for.
         `fleeting` are blocks for which there is no room in RAM: their pages are given back once they are read, so that
         those of the others stay.
         `pinnable` are those that are pinned in the page cache, where reading is what everything waits for.
@@ -140,10 +135,11 @@ class Streaming:
         self._fresh, self._fleeting, self._pinnable = set(self._streamed), fleeting, pinnable
         self._as_card = device.type == "cuda" if as_card is None else as_card
         count = PIECES * readers if pieces is None else pieces
-        self._reader = Reader(files, pieces=count, piece_bytes=piece_bytes, threads=readers)
+        streams = (self._stream(), self._stream())
+        self._reader = Reader(files, pieces=count, piece_bytes=piece_bytes, threads=readers, streams=streams)
         self._load(sorted(resident))
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
-        self._free = deque(_Slot(_aligned(largest, device), self._stream()) for _ in range(slots if largest else 0))
+        self._ring = Ring(_aligned(slots * largest + spare_bytes if largest else 0, device))
         self._coming: deque[_Coming] = deque()
         self._ahead = ahead
         if ahead:
@@ -164,25 +160,27 @@ class Streaming:
             coming = [block.number for block in self._coming]
             raise FluxsplitError(f"block {number} was asked for when {coming} were coming", "this is a bug")
         block = self._coming.popleft()
-        slot = block.slot or self._send(block)
+        if block.place is None and not self._send(block):
+            raise FluxsplitError(f"there is no room for block {number}", "this is a bug")
+        assert block.place is not None
         self._wait(block.filling, self._layouts[number])
-        attach(self._layouts[number], slot.memory)
+        attach(self._layouts[number], block.place.memory)
         try:
             yield
         finally:
-            self._free.append(slot)
+            block.place.leave(self._now())
             if self._ahead:
                 self._go_on()
 
     def close(self) -> None:
-        """End the reader threads and let go of the slots; blocks cannot be brought in afterwards.
+        """End the reader threads and let go of the ring; blocks cannot be brought in afterwards.
 
-        What has begun to come still comes: whoever gets the slots' memory next is behind it.
+        What has begun to come still comes: whoever gets the ring's memory next is behind it.
         """
         self._reader.close()
-        for slot in (*(block.slot for block in self._coming), *self._free):
-            if slot is not None and slot.stream is not None:
-                torch.cuda.current_stream(self._device).wait_stream(slot.stream)
+        for stream in self._reader.streams:
+            if stream is not None:
+                torch.cuda.current_stream(self._device).wait_stream(stream)
         if self._reader.pinned_bytes:
             torch.cuda.synchronize(self._device)
         self._reader.unpin()
@@ -190,12 +188,12 @@ class Streaming:
             detach(self._layouts[number])
 
     def _go_on(self) -> None:
-        """Read as far ahead as there is room for; what comes next gets the slots that are free."""
+        """Read as far ahead as there is room for; what comes next gets the places that are free."""
         while len(self._coming) < MOST_AHEAD and not self._reader.is_full and self._begin_next():
             pass
         for block in self._coming:
-            if block.slot is None and self._free:
-                self._send(block)
+            if block.place is None and not self._send(block):
+                break
 
     def _begin_next(self) -> bool:
         """Begin to read whichever block is next; False if none is."""
@@ -210,37 +208,41 @@ class Streaming:
         self._coming.append(_Coming(number, filling))
         return True
 
-    def _send(self, block: _Coming) -> _Slot:
-        """Have it come to a slot that is free, after all that was computed from that so far."""
-        block.slot = slot = self._free.popleft()
-        if slot.stream is not None:
-            used = torch.cuda.Event()
-            used.record(torch.cuda.current_stream(self._device))
-            slot.stream.wait_event(used)
-        self._reader.send(block.filling, slot.memory, slot.stream)
-        return slot
+    def _send(self, block: _Coming) -> bool:
+        """Have it come to the next place, after all that was computed from that so far; False if there is none yet."""
+        block.place = self._ring.take(self._layouts[block.number].bytes)
+        if block.place is None:
+            return False
+        self._reader.send(block.filling, block.place.memory, block.place.after)
+        return True
 
     def _wait(self, filling: Filling, layout: Layout) -> None:
         """Until all is read; what is computed from now on waits on the device for the copies."""
         self._reader.wait(filling)
         self._files.check_unchanged()
-        if filling.stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(filling.stream)
+        if filling.arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(filling.arrived)
         self._on_read(sum(place.span.bytes for place in layout.places))
 
     def _load(self, numbers: Sequence[int]) -> None:
         """Load what stays, all of it under way at once."""
-        begun, stream = [], self._stream()
+        begun = []
         for number in numbers:
             memory, filling = _aligned(self._layouts[number].bytes, self._device), Filling(self._runs[number])
-            if stream is not None:  # what the allocator hands out may still be in use
-                stream.wait_stream(torch.cuda.current_stream(self._device))
             self._reader.begin(filling)
-            self._reader.send(filling, memory, stream)
+            self._reader.send(filling, memory, self._now())  # what the allocator hands out may still be in use
             begun.append((self._layouts[number], memory, filling))
         for layout, memory, filling in begun:
             self._wait(filling, layout)
             attach(layout, memory)
+
+    def _now(self) -> torch.cuda.Event | None:
+        """When all that was computed so far has ended."""
+        if not self._as_card:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream(self._device) if self._as_card else None

@@ -50,6 +50,8 @@ PLANNED = (
     "streamed_bytes",
     "fleeting_bytes",
     "slots",
+    "spare_bytes",
+    "pieces",
     "together",
     "query_chunk",
     "base_bytes",

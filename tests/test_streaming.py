@@ -149,6 +149,7 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device, card=card: card.run())
         flux, files = load(path)
         how: dict[str, Any] = {"as_card": True, "piece_bytes": 1 << (11 + seed % 4), "slots": slots, "ahead": ahead}
+        how["spare_bytes"] = 256 * (0, 3, 70, 1000)[seed // 5 % 4]
         how |= {"readers": 1 + seed % 4, "pieces": (None, 1, 2, 9)[seed // 3 % 4]}
         how["pinnable"] = (frozenset(range(BLOCKS)), frozenset(range(0, BLOCKS, 2)), frozenset[int]())[seed % 3]
         loader = Streaming(flux.blocks, files, CPU, resident=frozenset({seed % BLOCKS}), **how)
@@ -160,13 +161,13 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
                     seen.append((torch.zeros_like(wanted), wanted))
                     seen[-1][0].copy_(place.linear.stored.view(torch.uint8), non_blocking=True)
         for block in loader._coming if seed % 2 else ():  # with copies under way
-            if block.slot is not None:
+            if block.place is not None:
                 loader._reader.wait(block.filling)
         assert bool(pins) == bool(how["pinnable"] and loader._reader.pinned_bytes)
         assert sum(pins) <= sum(loader._layouts[number].bytes for number in how["pinnable"])
         loader.close()
         assert not pins, "what was pinned is pinned no more"
-        over = [slot.memory for slot in (*(block.slot for block in loader._coming), *loader._free) if slot is not None]
+        over = [loader._ring._memory]
         for memory in over:  # as whoever is given this memory next
             memory.copy_(torch.full_like(memory, 7), non_blocking=True)
         card.run()
