@@ -17,6 +17,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from errno import EINPROGRESS
 from pathlib import Path
@@ -84,13 +85,15 @@ def _library() -> Any:
     return library
 
 
-_under_way: set[_LibraryRead] = set()
-"""Of all that are begun: their memory must be there until they have ended, whatever becomes of who began them."""
+_under_way: set[_Request] = set()
+"""All that are begun: their memory must be there until they have ended, whatever becomes of who began them."""
 
 
-class _LibraryRead:
-    def __init__(self, file: WeightFile, handle: int, start: int, memory: torch.Tensor) -> None:
-        self._file, self._start, self._memory = file, start, memory
+class _Request:
+    """A read that the C library was asked for."""
+
+    def __init__(self, handle: int, start: int, memory: torch.Tensor) -> None:
+        self._memory = memory
         self._control = _Control(handle=handle, memory=memory.data_ptr(), count=memory.numel(), start=start)
         self._control.notify = SIGEV_NONE
         self._begun = _library().aio_read(ctypes.byref(self._control)) == 0
@@ -100,14 +103,27 @@ class _LibraryRead:
     def is_done(self) -> bool:
         return not self._begun or _library().aio_error(ctypes.byref(self._control)) != EINPROGRESS
 
-    def wait(self) -> None:
+    def end(self) -> int:
+        """Wait; returns how many bytes were read, 0 where none could be."""
         one = (ctypes.c_void_p * 1)(ctypes.addressof(self._control))
         while not self.is_done():
             _library().aio_suspend(one, 1, None)
         _under_way.discard(self)
-        got = _library().aio_return(ctypes.byref(self._control)) if self._begun else 0
+        return max(0, int(_library().aio_return(ctypes.byref(self._control)))) if self._begun else 0
+
+
+class _LibraryRead:
+    def __init__(self, file: WeightFile, handle: int, start: int, memory: torch.Tensor) -> None:
+        self._file, self._start, self._memory = file, start, memory
+        self._request = _Request(handle, start, memory)
+
+    def is_done(self) -> bool:
+        return self._request.is_done()
+
+    def wait(self) -> None:
+        got = self._request.end()
         if got < self._memory.numel():  # whatever the reason is, this goes on or says it
-            self._file.read_into(as_buffer(self._memory[max(0, got) :]), self._start + max(0, got))
+            self._file.read_into(as_buffer(self._memory[got:]), self._start + got)
 
 
 class _LibraryReads:
@@ -132,34 +148,21 @@ class _LibraryReads:
 
 @functools.cache
 def _works() -> bool:
-    """Whether the C library reads as `_Control` says: the first bytes of the program that this is, as a try."""
+    """Whether the C library reads as `_Control` says: a few bytes of the program that this is, as a try."""
     if sys.platform != "linux" or sys.maxsize < 2**32:
         return False
     try:
-        program = Path(sys.executable)
-        with program.open("rb") as file:
-            wanted = file.read(64)[5:]
+        with Path(sys.executable).open("rb") as program:
+            wanted = program.read(64)[5:]
             memory = torch.zeros(len(wanted), dtype=torch.uint8)
-            control = _Control(handle=file.fileno(), memory=memory.data_ptr(), count=len(wanted), start=5)
-            control.notify = SIGEV_NONE
-            return _tried(control) == len(wanted) and memory.numpy().tobytes() == wanted
+            request, until_s = _Request(program.fileno(), 5, memory), time.monotonic() + TRY_S
+            while not request.is_done():
+                if time.monotonic() > until_s:
+                    return False
+                time.sleep(0.0001)
+            return request.end() == len(wanted) and memory.numpy().tobytes() == wanted
     except (OSError, AttributeError):
         return False
-
-
-def _tried(control: _Control) -> int:
-    """What a read returns; -1 for one that has not ended in time."""
-
-    class _Time(ctypes.Structure):
-        _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
-
-    library, one = _library(), (ctypes.c_void_p * 1)(ctypes.addressof(control))
-    if library.aio_read(ctypes.byref(control)):
-        return -1
-    library.aio_suspend(one, 1, ctypes.byref(_Time(int(TRY_S), 0)))
-    if library.aio_error(ctypes.byref(control)) == EINPROGRESS:
-        return -1
-    return int(library.aio_return(ctypes.byref(control)))
 
 
 class _ThreadRead:
