@@ -4,7 +4,7 @@
     python scripts/bench.py /tmp/schnell.safetensors --size 256x256 --text-tokens 64
     python scripts/bench.py /tmp/schnell.safetensors --size 1152x944 --caps 12,8,6,4,2        # on a card
     python scripts/synthetic_checkpoint.py /tmp/short.safetensors --depth 2+4        # 1.3 GB, full width
-    python scripts/bench.py /tmp/short.safetensors --threads 1 --peers diffusers
+    python scripts/bench.py /tmp/short.safetensors --threads 1 --peers diffusers --sd-cli build/bin/sd-cli
     python scripts/bench.py                                                          # float8 expansion alone
 
 It runs the product's own sample stage in its own process, once for each cap, with a random conditioning, and watches
@@ -25,6 +25,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -229,17 +230,26 @@ def python(args: argparse.Namespace, script: str, *more: str) -> tuple[list[dict
     return found, peak_bytes, last[:300] if process.returncode else ""
 
 
-def measure_peer(args: argparse.Namespace, floor: dict[str, Any], layerwise: bool) -> dict[str, Any]:
-    """diffusers over the same file, size and number of threads."""
-    more = ["--steps", str(args.steps), "--dtype", floor["dtype"], *(["--layerwise"] if layerwise else [])]
-    steps, peak_bytes, error = python(args, "bench_peer.py", *more)
-    found: dict[str, Any] = {
-        "peer": "diffusers" + (" with layerwise casting" if layerwise else ""),
-        "offloading": "none on a CPU" if is_cpu(args) else "group, block level, one block, stream",
-        "peak_anonymous_bytes": peak_bytes,
-    }
+def measure_peers(args: argparse.Namespace, floor: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Those that are asked for, one after the other."""
+    if "diffusers" in args.peers:
+        offloading = "no offloading on a CPU" if is_cpu(args) else "group offloading of one block with a stream"
+        for more in ([], ["--layerwise"]):
+            name = f"diffusers, {'layerwise casting, ' if more else ''}{offloading}"
+            yield measure_peer(args, floor, name, "bench_peer.py", "--dtype", floor["dtype"], *more)
+    for sd_type in ("", "bf16") if args.sd_cli and is_cpu(args) else ():
+        more = ["--sd-cli", args.sd_cli, *(["--type", sd_type] if sd_type else [])]
+        yield measure_peer(args, floor, f"stable-diffusion.cpp, {sd_type or 'fp16'}", "bench_sdcpp.py", *more)
+
+
+def measure_peer(args: argparse.Namespace, floor: dict[str, Any], name: str, script: str, *more: str) -> dict[str, Any]:
+    """Another program over the same file, size and number of threads."""
+    steps, peak_bytes, error = python(args, script, "--steps", str(args.steps), *more)
+    found: dict[str, Any] = {"peer": name, "peak_anonymous_bytes": peak_bytes}
     if error or len(steps) < 2:
         return {**found, "error": error}
+    if "own_peak_anonymous_bytes" in steps[-1]:  # a process of its own, which the script watches
+        found["peak_anonymous_bytes"] = steps[-1]["own_peak_anonymous_bytes"]
     found |= {f"peak_device_{name}_bytes": steps[-1][name] for name in ("allocated", "reserved") if name in steps[-1]}
     cpu_s, wall_s = (median(step[name] for step in steps[1:]) for name in ("step_cpu_s", "step_s"))
     over = (cpu_s if is_cpu(args) else wall_s) / floor["compute_s"]
@@ -274,11 +284,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     over_resident(args, floor, rows)
     sampled = {str(found["latents_sha256"]) for found in rows if not found.get("error")}
     result["same_bits_at_every_cap"] = len(sampled) == 1
-    if "diffusers" in args.peers:
-        result["peers"] = []
-        for layerwise in (False, True):
-            result["peers"].append(measure_peer(args, floor, layerwise))
-            print(f"peer: {result['peers'][-1]}", file=sys.stderr)
+    result["peers"] = []
+    for peer in measure_peers(args, floor):
+        result["peers"].append(peer)
+        print(f"peer: {peer}", file=sys.stderr)
     return result
 
 
@@ -305,6 +314,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=[], metavar="diffusers")
+    parser.add_argument("--sd-cli", metavar="PATH", help="stable-diffusion.cpp's program, a peer on a CPU")
     parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each run")
     return parser.parse_args()
 
