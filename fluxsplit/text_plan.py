@@ -14,7 +14,7 @@ from fluxsplit.checkpoint import Part
 from fluxsplit.held_memory import CARD_BASE_BYTES
 from fluxsplit.model_sizes import stored_bytes
 
-SCRATCH_BYTES = 32 << 20
+SCRATCH_BYTES = 8 << 20
 """Of a matrix expanded to fp32 at once; T5-XXL's largest would be 168 MB, a quarter of what encoding needs."""
 SLOTS = 2
 
