@@ -11,6 +11,7 @@ Where there are none, or they do not do what they should in a first try, threads
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -96,9 +97,10 @@ class _Request:
         self._memory = memory
         self._control = _Control(handle=handle, memory=memory.data_ptr(), count=memory.numel(), start=start)
         self._control.notify = SIGEV_NONE
+        _under_way.add(self)  # before the library has it: it may be interrupted in between
         self._begun = _library().aio_read(ctypes.byref(self._control)) == 0
-        if self._begun:
-            _under_way.add(self)
+        if not self._begun:
+            _under_way.discard(self)
 
     def is_done(self) -> bool:
         return not self._begun or _library().aio_error(ctypes.byref(self._control)) != EINPROGRESS
@@ -135,9 +137,12 @@ class _LibraryReads:
 
     def begin(self, file: WeightFile, start: int, memory: torch.Tensor) -> Read:
         if file not in self._handles:
-            self._handles[file] = [file.another_handle() for _ in range(self._threads)]
+            self._handles[file] = handles = [file.another_handle()]
+            with contextlib.suppress(OSError):  # with fewer, where no more are to be had, fewer threads read
+                while len(handles) < self._threads:
+                    handles.append(file.another_handle())
         self._turn += 1
-        return _LibraryRead(file, self._handles[file][self._turn % self._threads], start, memory)
+        return _LibraryRead(file, self._handles[file][self._turn % len(self._handles[file])], start, memory)
 
     def close(self) -> None:
         for handles in self._handles.values():
@@ -161,7 +166,7 @@ def _works() -> bool:
                     return False
                 time.sleep(0.0001)
             return request.end() == len(wanted) and memory.numpy().tobytes() == wanted
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return False
 
 

@@ -34,19 +34,23 @@ class Place:
 class Ring:
     """Places in `memory`, uint8."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor, after: torch.cuda.Event | None = None) -> None:
+        """`after` is when the memory may be written to at first: what the allocator hands out may still be in use."""
         self._memory = memory
         self._places: deque[Place] = deque()
         """Those that no other has been put upon, the oldest first."""
         self._end = 0
         """Of the newest."""
-        self._after: torch.cuda.Event | None = None
+        self._after = after
 
     def take(self, count: int) -> Place | None:
         """The next `count` bytes; None while somebody has not left them."""
         start = self._end if self._end + count <= len(self._memory) else 0
         given = 0
         for place in self._places:
+            if not len(place.memory) and place.is_left:
+                given += 1
+                continue
             passed_over = start < self._end <= place.start
             if not passed_over and not (place.start < start + count and start < place.start + len(place.memory)):
                 break

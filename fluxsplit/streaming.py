@@ -139,7 +139,7 @@ class Streaming:
         self._reader = Reader(files, pieces=count, piece_bytes=piece_bytes, threads=readers, streams=streams)
         self._load(sorted(resident))
         largest = max((self._layouts[number].bytes for number in self._streamed), default=0)
-        self._ring = Ring(_aligned(slots * largest + spare_bytes if largest else 0, device))
+        self._ring = Ring(_aligned(slots * largest + spare_bytes if largest else 0, device), self._now())
         self._coming: deque[_Coming] = deque()
         self._ahead = ahead
         if ahead:

@@ -55,6 +55,26 @@ def test_what_the_file_does_not_have_is_an_error(file: WeightFile, kind: type[An
 
 
 @LINUX
+def test_with_few_descriptors_fewer_threads_read(file: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    another, left = WeightFile.another_handle, 2
+
+    def scarce(self: WeightFile) -> int:
+        nonlocal left
+        if not left:
+            raise OSError(errno.EMFILE, "too many open files")
+        left -= 1
+        return another(self)
+
+    monkeypatch.setattr(WeightFile, "another_handle", scarce)
+    reads, memory = _LibraryReads(6), [torch.zeros(50, dtype=torch.uint8) for _ in range(9)]
+    begun = [reads.begin(file, 10 * n, one) for n, one in enumerate(memory)]
+    for n, (read, one) in enumerate(zip(begun, memory, strict=True)):
+        read.wait()
+        assert torch.equal(one, file.bytes_at(10 * n, 10 * n + 50))
+    reads.close()
+
+
+@LINUX
 def test_what_the_library_does_not_read_is_read_all_the_same(file: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused at first, then cancelled under way, then ended early."""
     library = background_reads._library()

@@ -44,6 +44,21 @@ def test_no_byte_has_two_owners_and_each_is_waited_for(seed: int) -> None:
         held.append((place, bytes_))
 
 
+def test_a_place_of_no_bytes_hides_no_other() -> None:
+    ring = Ring(torch.zeros(20, dtype=torch.uint8))
+    first, nothing, second = ring.take(10), ring.take(0), ring.take(10)
+    assert first is not None and nothing is not None and second is not None
+    first.leave(None)
+    nothing.leave(None)
+    assert ring.take(10) is not None and ring.take(10) is None, "the second has not left"
+
+
+def test_the_first_place_waits_for_who_had_the_memory_before() -> None:
+    event: Any = object()
+    place = Ring(torch.zeros(20, dtype=torch.uint8), event).take(5)
+    assert place is not None and place.after is event
+
+
 def test_two_of_the_largest_fit_and_what_is_too_large_does_not() -> None:
     ring = Ring(torch.zeros(20, dtype=torch.uint8))
     first, second = ring.take(10), ring.take(10)
