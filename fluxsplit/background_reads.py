@@ -44,6 +44,9 @@ class Read(Protocol):
     def wait(self) -> None:
         """Until they are there. To be called once; raises FluxsplitError where they cannot be read."""
 
+    def drop(self) -> None:
+        """Instead of `wait`: until nothing is written to the memory any more, whatever became of it."""
+
 
 class Reads(Protocol):
     """Who carries reads out, several at a time, in the order in which they were begun."""
@@ -52,7 +55,7 @@ class Reads(Protocol):
         """Begin to fill `memory`, uint8 on the CPU, with the bytes of `file` from `start`."""
 
     def close(self) -> None:
-        """End the threads; every read must have been waited for."""
+        """End the threads; every read must have been waited for or dropped."""
 
 
 def reads_by(threads: int) -> Reads:
@@ -127,6 +130,9 @@ class _LibraryRead:
         if got < self._memory.numel():  # whatever the reason is, this goes on or says it
             self._file.read_into(as_buffer(self._memory[got:]), self._start + got)
 
+    def drop(self) -> None:
+        self._request.end()
+
 
 class _LibraryReads:
     """By the C library."""
@@ -191,6 +197,10 @@ class _ThreadRead:
             self._reads.check_alive()
         if self._failure is not None:
             raise _as_error(self._failure)
+
+    def drop(self) -> None:
+        with contextlib.suppress(FluxsplitError, MemoryError, RuntimeError):
+            self.wait()
 
 
 class ThreadReads:

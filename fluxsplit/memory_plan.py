@@ -191,6 +191,38 @@ def _spread(numbers: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count))
 
 
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """What blocks that stream take turns in: a card's memory, and pinned RAM on the way there."""
+
+    slots: int = 0
+    slot_bytes: int = 0
+    spare_bytes: int = 0
+    readers: int = 0
+    pieces: int = 0
+    pinned_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of the card's memory."""
+        return self.slots * self.slot_bytes + self.spare_bytes
+
+
+def _turns(model: Model, device: DeviceInfo, streamed: tuple[int, ...], slots: int, left_bytes: float) -> _Turns:
+    """For these blocks, where `left_bytes` of the budget are left for it; the slots alone may be more."""
+    if device.kind == "cpu":
+        return _Turns()
+    slot_bytes = max((model.blocks[n].bytes for n in streamed), default=0)
+    slots = slots if streamed else 0
+    readers, staged, spare_bytes = readers_of(device), 0, 0
+    if slots > 1:
+        spare_bytes = max(0, min(slot_bytes, int(left_bytes - slots * slot_bytes))) // ALIGN_BYTES * ALIGN_BYTES
+        staged = -(-slot_bytes // PIECE_BYTES) * STAGED_BLOCKS
+    pieces = max(readers * PIECES, staged)
+    pinned_bytes = pieces * PIECE_BYTES + readers * PIECES * ONCE_PIECE_BYTES
+    return _Turns(slots, slot_bytes, spare_bytes, readers, pieces, pinned_bytes)
+
+
 def _plan(
     model: Model,
     work: Work,
@@ -204,27 +236,19 @@ def _plan(
     on_cpu = device.kind == "cpu"
     resident = tuple(n for n in range(len(model.blocks)) if n not in set(streamed))
     resident_bytes = sum(model.blocks[n].bytes for n in resident)
-    slot_bytes = 0 if on_cpu else max((model.blocks[n].bytes for n in streamed), default=0)
-    slots = 0 if on_cpu or not streamed else slots
     tokens = sorted((tokens_of(width, height, work.text_tokens) for width, height in work.sizes), reverse=True)
     held = held_memory(model, work, device, dtype, together, tokens)
-    peak = held.bytes if on_cpu else held.bytes + resident_bytes + slots * slot_bytes
+    stays_bytes = held.bytes if on_cpu else held.bytes + resident_bytes
     lost_share = 0.0 if on_cpu or device.growing_segments else FRAGMENTED
-    spare_bytes = 0
-    if slots > 1:
-        left_bytes = budget_bytes * (1 - LEFT_ALONE) / (1 + lost_share) - peak
-        spare_bytes = max(0, min(slot_bytes, int(left_bytes))) // ALIGN_BYTES * ALIGN_BYTES
-        peak += spare_bytes
-    lost = int(peak * lost_share)
-    readers = 0 if on_cpu else readers_of(device)
-    staged = -(-slot_bytes // PIECE_BYTES) * STAGED_BLOCKS if slots > 1 else 0
-    pieces = max(readers * PIECES, staged)
-    pinned = pieces * PIECE_BYTES + readers * PIECES * ONCE_PIECE_BYTES
-    of_ram = pinned + (peak + lost if device.unified else 0)
-    fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), slots, of_ram)
-    streamed_bytes, fleeting_bytes = (sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting))
-    pinnable = _pinnable(model, device, sorted(set(streamed) - set(fleeting))) if slots > 1 else ()
-    pinnable_bytes = sum(model.blocks[n].bytes for n in pinnable)
+    turns = _turns(model, device, streamed, slots, budget_bytes * (1 - LEFT_ALONE) / (1 + lost_share) - stays_bytes)
+    lost_bytes = int((stays_bytes + turns.bytes) * lost_share)
+    peak_bytes = stays_bytes + turns.bytes + lost_bytes
+    of_ram = turns.pinned_bytes + (peak_bytes if device.unified else 0)
+    fleeting = streamed if on_cpu else _not_cached(model, device, sorted(streamed), turns.slots, of_ram)
+    pinnable = _pinnable(model, device, sorted(set(streamed) - set(fleeting))) if turns.slots > 1 else ()
+    streamed_bytes, fleeting_bytes, pinnable_bytes = (
+        sum(model.blocks[n].bytes for n in some) for some in (streamed, fleeting, pinnable)
+    )
     moved = (streamed_bytes, streamed_bytes - pinnable_bytes, fleeting_bytes)
     step_s, limit = _step(model, tokens, work.forwards, device, moved, together)
     return MemoryPlan(
@@ -237,22 +261,22 @@ def _plan(
         fleeting=tuple(sorted(fleeting)),
         fleeting_bytes=fleeting_bytes,
         modulation_bytes=model.modulation_bytes,
-        readers=readers,
-        slots=slots,
-        slot_bytes=slot_bytes,
-        spare_bytes=spare_bytes,
-        pieces=pieces,
-        pinned_bytes=pinned,
+        readers=turns.readers,
+        slots=turns.slots,
+        slot_bytes=turns.slot_bytes,
+        spare_bytes=turns.spare_bytes,
+        pieces=turns.pieces,
+        pinned_bytes=turns.pinned_bytes,
         pinnable=pinnable,
         pinnable_bytes=pinnable_bytes,
-        base_bytes=held.base_bytes + lost,
+        base_bytes=held.base_bytes + lost_bytes,
         scratch_bytes=held.scratch_bytes,
         activation_bytes=held.activation_bytes,
         state_bytes=held.state_bytes,
         query_chunk=held.query_chunk,
         together=together,
-        peak_bytes=peak + lost,
-        smallest_bytes=peak + lost,
+        peak_bytes=peak_bytes,
+        smallest_bytes=peak_bytes,
         step_s=step_s,
         limit=limit,
     )
@@ -265,13 +289,15 @@ def _pinnable(model: Model, device: DeviceInfo, cached: Sequence[int]) -> tuple[
     all_bytes = sum(model.blocks[n].bytes for n in cached)
     room = min(all_bytes * PINNABLE_SHARE, (device.ram_bytes or 0) * PINNED_SHARE)
     due_bytes = float(max((model.blocks[n].bytes for n in cached), default=0))  # more is read rather than too little
-    chosen = []
+    read_bytes, chosen = all_bytes - room, []
     for number in cached:
-        due_bytes += (all_bytes - room) / len(cached)
-        if due_bytes >= model.blocks[number].bytes:
-            due_bytes -= model.blocks[number].bytes
+        block_bytes = model.blocks[number].bytes
+        due_bytes += read_bytes / len(cached)
+        if due_bytes >= block_bytes or block_bytes > room:
+            due_bytes -= block_bytes
         else:
             chosen.append(number)
+            room -= block_bytes
     return tuple(chosen)
 
 

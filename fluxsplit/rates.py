@@ -6,6 +6,7 @@ the start of a step that takes several is what a prediction costs instead.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -87,16 +88,16 @@ def feed_bytes_per_s(path: str, readers: int) -> float | None:
     start = (Path(path).stat().st_size - pieces * PIECE_BYTES) // 2
     buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(readers)]
     best_s = math.inf
-    for _ in range(SAMPLES + 1):  # the first may read from the disk
-        started_s, begun = time.perf_counter(), deque[Read]()
-        for number in range(pieces):
-            if number >= readers:
+    with contextlib.closing(reads):
+        for _ in range(SAMPLES + 1):  # the first may read from the disk
+            started_s, begun = time.perf_counter(), deque[Read]()
+            for number in range(pieces):
+                if number >= readers:
+                    begun.popleft().wait()
+                begun.append(reads.begin(file, start + number * PIECE_BYTES, buffers[number % readers]))
+            while begun:
                 begun.popleft().wait()
-            begun.append(reads.begin(file, start + number * PIECE_BYTES, buffers[number % readers]))
-        while begun:
-            begun.popleft().wait()
-        best_s = min(best_s, time.perf_counter() - started_s)
-    reads.close()
+            best_s = min(best_s, time.perf_counter() - started_s)
     return pieces * PIECE_BYTES / max(best_s, 1e-9)
 
 

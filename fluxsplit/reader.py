@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from fluxsplit.background_reads import Read, reads_by
-from fluxsplit.errors import FluxsplitError
 from fluxsplit.pinned import FilePins, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
@@ -62,8 +61,10 @@ class Filling:
     """What the first of its copies has to wait for, on a card."""
     arrived: torch.cuda.Event | None = None
     """When the last of its copies has ended; None where there are no streams."""
+    pinned: Sequence[tuple[int, torch.Tensor]] | None = None
+    """What the card fetches by itself, and where it goes; None for one that is read."""
     parts: int = 0
-    """That it is read in; 0 for one that the card fetches from pinned pages."""
+    """That it is read in."""
     left: int = 0
     """Of these, how many are not copied yet."""
 
@@ -125,7 +126,8 @@ class Reader:
 
     def begin(self, filling: Filling) -> None:
         """Begin to read it, or as soon as there is room. Where it goes need not be known yet."""
-        if self._pinned(filling) is None:
+        filling.pinned = self._pinned(filling)
+        if filling.pinned is None:
             parts = [_Part(filling, runs) for runs in _shared(filling.runs, self._piece_bytes)]
             filling.parts = filling.left = len(parts)
             self._queued.extend(parts)
@@ -134,8 +136,8 @@ class Reader:
     def send(self, filling: Filling, memory: torch.Tensor, after: torch.cuda.Event | None) -> None:
         """Say where it goes, and when it may: what is read of it already sets off, the rest as it comes."""
         filling.memory, filling.after = memory, after
-        if not filling.parts:
-            self._fetch(filling)
+        if filling.pinned is not None:
+            self._fetch(filling, filling.pinned)
         self._go_on()
 
     def wait(self, filling: Filling) -> None:
@@ -154,7 +156,7 @@ class Reader:
                 assert copied is not None
                 copied.synchronize()
             self._go_on()
-        if filling.parts:
+        if filling.pinned is None:
             self._judge(filling, waited_s * filling.parts / max(1, left))
 
     def _judge(self, filling: Filling, read_s: float) -> None:
@@ -171,8 +173,7 @@ class Reader:
         """Let everything end that has begun; no more is brought in."""
         self._queued.clear()
         while self._reading:
-            with contextlib.suppress(FluxsplitError, MemoryError, RuntimeError):
-                self._reading.popleft()[2].wait()
+            self._reading.popleft()[2].drop()
         self.reads.close()
 
     def unpin(self) -> None:
@@ -207,21 +208,25 @@ class Reader:
         self._free.append(piece)
         filling.left -= 1
 
-    def _pinned(self, filling: Filling) -> list[tuple[Run, tuple[torch.Tensor, ...]]] | None:
+    def _pinned(self, filling: Filling) -> list[tuple[int, torch.Tensor]] | None:
         """What the card can fetch by itself; None for a filling of which not everything is pinned."""
-        found = [(run, self._pins.parts(run.span)) for run in filling.runs]
-        return None if any(parts is None for _, parts in found) else [(run, parts or ()) for run, parts in found]
+        found = []
+        for run in filling.runs:
+            parts, at = self._pins.parts(run.span), run.at
+            if parts is None:
+                return None
+            for part in parts:
+                found.append((at, part))
+                at += len(part)
+        return found
 
-    def _fetch(self, filling: Filling) -> None:
+    def _fetch(self, filling: Filling, pinned: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Have the card do so."""
         for path in {run.span.path for run in filling.runs}:
             self._files.open(path).check_unchanged()
         with _on(self.streams[1], filling, True, True):
-            for run, parts in self._pinned(filling) or ():
-                at = run.at
-                for part in parts:
-                    _copy(part, filling, at)
-                    at += len(part)
+            for at, part in pinned:
+                _copy(part, filling, at)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 A card cannot compute from the page cache, and not all blocks fit on it. Those that do stay there; the rest take turns
 in a ring of device memory, in the order in which they are computed: each has the place that the oldest have left, and
-so many are there ahead of their turn as there is room for, two of the largest at least. Float8 crosses the bus as
-float8.
+so many are there ahead of their turn as there is room for in one piece. The ring holds two of the largest at least;
+where sizes are mixed it may have a gap at its end that is too small for the next one. Float8 crosses the bus as float8.
 
     reader  ── its streams ──→ ring ┄┄┄┄ compute waits for `arrived` ┄┄┄┄→  compute stream
             its streams wait for `used`  ←┄┄┄┄┄┄ event `used` ┄┄┄┄┄┄┄┄┄┄┄┄┄   every picture

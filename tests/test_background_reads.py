@@ -114,6 +114,26 @@ def test_what_the_library_does_not_read_is_read_all_the_same(file: WeightFile, m
     reads.close()
 
 
+@KINDS
+def test_a_read_that_is_dropped_is_not_done_again(
+    file: WeightFile, kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails takes its time over every answer."""
+    reads: Reads = kind(1)
+    asked = 0
+    read_into = WeightFile.read_into
+
+    def counted(self: WeightFile, buffer: memoryview, start: int) -> None:
+        nonlocal asked
+        asked += 1
+        read_into(self, buffer, start)
+
+    monkeypatch.setattr(WeightFile, "read_into", counted)
+    reads.begin(file, 3_000_000, torch.zeros(2, dtype=torch.uint8)).drop()
+    reads.close()
+    assert asked == (kind is ThreadReads) and not background_reads._under_way
+
+
 @LINUX
 @pytest.mark.parametrize("wrong", ["bytes", "count", "never", "missing"])
 def test_a_library_that_does_something_else_is_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:

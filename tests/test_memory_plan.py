@@ -13,7 +13,7 @@ from small_flux import image, write_conditioning, write_flux
 from fluxsplit import checkpoint
 from fluxsplit.errors import UsageError
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import ONCE_PIECE_BYTES, PIECE_BYTES, MemoryPlan, plan_memory, smaller_budget
+from fluxsplit.memory_plan import ONCE_PIECE_BYTES, PIECE_BYTES, MemoryPlan, _pinnable, plan_memory, smaller_budget
 from fluxsplit.model_sizes import Block, Model, read_model
 from fluxsplit.work import Work, text_tokens, tokens_of, work_of
 
@@ -114,6 +114,13 @@ def test_what_may_be_pinned_is_a_quarter_of_the_free_ram_and_none_where_it_stall
     assert not short.fleeting and 3.5 * GB - DOUBLE <= short.pinnable_bytes <= 3.5 * GB
     assert plan(2, device=RDNA2).pinnable == plan(2, device=replace(CARD, unified=True)).pinnable == ()
     assert plan(24).pinnable == ()
+
+
+def test_no_order_of_blocks_has_more_pinned_than_the_ram_allows() -> None:
+    cached = [*range(19), *range(19, 33)]
+    for ram_gb in (1, 3, 6.25, 9, 14):
+        chosen = _pinnable(SCHNELL, replace(CARD, ram_bytes=int(ram_gb * GB)), cached)
+        assert sum(SCHNELL.blocks[number].bytes for number in chosen) <= ram_gb * GB / 4
 
 
 def test_two_blocks_of_those_that_stream_have_room_in_pinned_ram() -> None:
