@@ -12,7 +12,9 @@ the process from outside: RssAnon every 5 ms from its start, imports included, C
 allocator is capped (`set_per_process_memory_fraction`) and `--vram` is the same number; on a CPU a cap is the budget
 alone. The floor, max(compute, transfer), is measured in the same run with as many threads: the step's matrix products
 without anything round them, the file read raw, and pinned memory copied to the card. On a CPU all seconds that are
-compared are CPU seconds, since wall seconds of a shared machine say nothing. Linux only. The last line is JSON.
+compared are CPU seconds, since wall seconds of a shared machine say nothing; the products are measured before and after
+each run there, and their mean counts, as a machine may be a tenth slower a minute later. Linux only. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -274,10 +276,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     print(f"float8 e4m3fn to bf16: {result['fp8']['e4m3fn to bf16']}", file=sys.stderr)
     if args.path is None:
         return result
-    floors, _, error = python(args, "bench_floor.py", "--dtype", args.dtype)
-    if error:
-        raise SystemExit(f"the floor could not be measured: {error}")
-    floor = floors[0]
+    floor = floor_of(args)
     print(f"floor: {floor}", file=sys.stderr)
     result |= {"size": "x".join(map(str, args.size)), "steps": args.steps, "pictures": args.pictures, "floor": floor}
     result["budgets"] = rows = [one_budget(args, int(cap * GB), floor) for cap in args.caps]
@@ -291,12 +290,27 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def floor_of(args: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """What `bench_floor.py` says; with `--products` no more than the products' seconds."""
+    floors, _, error = python(args, "bench_floor.py", "--dtype", args.dtype, *more)
+    if error:
+        raise SystemExit(f"the floor could not be measured: {error}")
+    return floors[0]
+
+
 def one_budget(args: argparse.Namespace, cap_bytes: int, floor: dict[str, Any]) -> dict[str, Any]:
-    """One run of the stage."""
+    """One run of the stage, on a CPU between two of its products alone."""
     if args.cold:
         drop_from_cache(args.path)
+    before = floor_of(args, "--products") if is_cpu(args) else {}
     with tempfile.TemporaryDirectory() as folder:
-        found = row(args, cap_bytes, watch_stage(args, cap_bytes, Path(folder)), floor)
+        seen = watch_stage(args, cap_bytes, Path(folder))
+    if is_cpu(args):
+        compute_s = [before["compute_s"], floor_of(args, "--products")["compute_s"]]
+        floor = {**floor, "compute_s": mean(compute_s)}
+        found = {**row(args, cap_bytes, seen, floor), "products_s": compute_s}
+    else:
+        found = row(args, cap_bytes, seen, floor)
     print(f"cap {cap_bytes / GB:g} GB: {found}", file=sys.stderr)
     return found
 

@@ -26,7 +26,7 @@ from fluxsplit.memory_plan import readers_of
 from fluxsplit.model_sizes import MODULATION
 from fluxsplit.rates import QUERY_CHUNK, feed_bytes_per_s
 
-TIMES = 5
+TIMES = 11
 """Of which the one in the middle counts, as with the steps: on a machine that others share, what takes long is slowed
 down by them always, and what is short now and then not."""
 NEEDED_ONCE = tuple(f".{name}.weight" for name in MODULATION)
@@ -94,9 +94,9 @@ def bus_bytes_per_s(device: torch.device) -> float:
 
 
 def measure(
-    path: Path, size: tuple[int, int], text_tokens: int, dtype_name: str, device_text: str
+    path: Path, size: tuple[int, int], text_tokens: int, dtype_name: str, device_text: str, transfers: bool
 ) -> dict[str, object]:
-    """The floor of one step over the file, without weights of its own in memory."""
+    """The floor of one step over the file, without weights of its own in memory; on request without `transfers`."""
     device = pick_device(device_text)
     part = checkpoint.part(path, "transformer")
     parameters = checkpoint.describe(path).parts["transformer"].parameters
@@ -109,6 +109,8 @@ def measure(
         "weight_bytes": checkpoint.describe(path).parts["transformer"].bytes,
         "compute_s": round(compute_s(part, image_tokens, text_tokens, dtype, device), 4),
     }
+    if not transfers:
+        return found
     return found | (disk_rates(path) if device.type == "cpu" else card_rates(path, device))
 
 
@@ -138,9 +140,10 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--products", action="store_true", help="only these, nothing that is read or moved")
     args = parser.parse_args()
     size = (args.width, args.height)
-    print(json.dumps(measure(args.path, size, args.text_tokens, args.dtype, args.device)))
+    print(json.dumps(measure(args.path, size, args.text_tokens, args.dtype, args.device, not args.products)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_every_finite_code_is_what_torch_casts_it_to(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("float8", fp8.FLOAT8, ids=str)
-@pytest.mark.parametrize("scale", [0.0123, 1.0, 3.5, -2.0, 7e-5])
+@pytest.mark.parametrize("scale", [0.0123, 1.0, 3.5, -2.0, 7e-5, 2.0**-10, 2.0**-8, 2.0**-120, 2.0**100])
 def test_a_scale_is_rounded_once_as_torch_rounds_it(float8: torch.dtype, dtype: torch.dtype, scale: float) -> None:
     codes = finite_codes(float8)
     wanted = codes.to(torch.float32).to(dtype).mul_(scale)
