@@ -10,7 +10,7 @@ from typing import Any
 from fluxsplit import durable
 from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
 from fluxsplit.cli_sample import wanted_files
-from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
+from fluxsplit.cli_upscale import UpscaleOptions, enlarging, upscale_paths
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.fingerprint import file_sha256
@@ -59,15 +59,8 @@ def decode(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) 
 def _decode(
     given: dict[str, Any], defaults: dict[str, Any], progress: Progress, ahead: StageProcess | None = None
 ) -> int:
-    values = defaults | given
-    wants_more = values.get("upscale") or values.get("upscale_to")
-    upscale = upscale_options(_for_upscale(values), progress) if wants_more else None
+    upscale = enlarging(given, defaults, progress)
     return run_decode(replace(plan_decode(given, defaults), upscale=upscale), progress, ahead)
-
-
-def _for_upscale(values: dict[str, Any]) -> dict[str, Any]:
-    """What the upscaler takes of the settings; dtype and tile are the VAE's, results go beside the pictures."""
-    return {"upscale": "2", **{key: value for key, value in values.items() if key not in ("dtype", "tile", "out")}}
 
 
 def plan_decode(given: dict[str, Any], defaults: dict[str, Any]) -> DecodePlan:

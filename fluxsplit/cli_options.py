@@ -48,6 +48,10 @@ Count = Annotated[
         "--count", "-n", metavar="N", rich_help_panel=PICTURE, help="Images for each prompt: seeds s, s+1, ... [1]"
     ),
 ]
+RerenderCount = Annotated[
+    int | None,
+    typer.Option("--count", "-n", metavar="N", rich_help_panel=PICTURE, help="Pictures of each: seeds s, s+1, ... [1]"),
+]
 RerenderImages = Annotated[
     list[str] | None, typer.Argument(metavar="[IMAGE]...", help="The same as --from.", show_default=False)
 ]
@@ -338,6 +342,15 @@ UpscaleTile = Annotated[
     str | None,
     typer.Option(
         "--tile", metavar="auto|N", rich_help_panel=MACHINE, help="Side of the tiles in pixels; 0 for none. [auto]"
+    ),
+]
+EnlargingTile = Annotated[
+    str | None,
+    typer.Option(
+        "--upscale-tile",
+        metavar="auto|N",
+        rich_help_panel=UPSCALING,
+        help="Side of the tiles to enlarge in, in pixels; 0 for none. [auto]",
     ),
 ]
 Decoder = Annotated[

@@ -15,7 +15,7 @@ from fluxsplit.arguments import check_choice, check_device, out_folder
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_encode import encode_events
 from fluxsplit.cli_sample import wanted_files
-from fluxsplit.cli_upscale import UpscaleOptions, upscale_options, upscale_paths
+from fluxsplit.cli_upscale import UpscaleOptions, enlarging, upscale_paths
 from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import EncodeJob, ImageJob, ModelFiles, absolute
@@ -35,7 +35,7 @@ _DECODING = ("model", "vae", "comfyui", "device", "vram", "vae_dtype")
 
 def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Read, plan, sample and decode; returns the exit code. One that fails does not stop the rest."""
-    values = defaults | given
+    values, upscale = defaults | given, enlarging(given, defaults, progress)
     orders = read_orders(gather(values), values, progress)
     for order in orders:
         for line in order.lines:
@@ -45,7 +45,7 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
         return _show(_planned(orders, values, out), bool(values.get("json")), progress)
     planned = _planned(_with_latents(orders, values, out, progress), values, out)
     _tell_made(planned, progress)
-    upscale, latents = _upscale(values, progress), list(planned.latents)
+    latents = list(planned.latents)
     with undecoded_told(latents, given, out, progress):
         for plan in planned.plans:
             run_sample(plan, progress, lambda event: latents.append(event["path"]))
@@ -231,12 +231,6 @@ class _Names:
     def _names(stem: str) -> Iterator[str]:
         yield stem
         yield from (f"{stem}-{number}" for number in itertools.count(2))
-
-
-def _upscale(values: dict[str, Any], progress: Progress) -> UpscaleOptions | None:
-    more = {key: value for key, value in values.items() if key not in ("dtype", "out", "tile")}
-    wanted = more.get("upscale") or more.get("upscale_to")
-    return upscale_options({"upscale": "2", **more}, progress) if wanted else None
 
 
 def _enlarged(picture: str, upscale: UpscaleOptions) -> str:

@@ -60,7 +60,7 @@ def upscale_options(values: dict[str, Any], progress: Progress) -> UpscaleOption
         out=out_folder(values),
         dtype=check_choice("dtype", values.get("dtype", "auto"), DTYPES),
         vram=check_budget(str(values.get("vram", "auto"))),
-        tile=parse_tile(values.get("tile", "auto")),
+        tile=_tile(values),
         overwrite=bool(values.get("overwrite", False)),
         dry_run=bool(values.get("dry_run", False)),
     )
@@ -75,6 +75,20 @@ def upscale_options(values: dict[str, Any], progress: Progress) -> UpscaleOption
         fetch = False
     chosen = choose(str(values["upscale"]), comfyui, fetch, on_bytes)
     return UpscaleOptions(_with_weights(job, chosen), chosen.note)
+
+
+def enlarging(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> UpscaleOptions | None:
+    """How what another command makes is to be enlarged, beside it; None where that is not asked for.
+
+    `dtype`, `tile` and `out` are of that command's own work.
+    """
+    values = defaults | given
+    if not (values.get("upscale") or values.get("upscale_to")):
+        if given.get("upscale_tile") is not None:
+            raise UsageError("--upscale-tile has no effect: nothing is enlarged", "give --upscale as well, or drop it")
+        return None
+    wanted = {key: value for key, value in values.items() if key not in ("dtype", "tile", "out")}
+    return upscale_options({"upscale": "2", **wanted}, progress)
 
 
 def _with_weights(job: UpscaleJob, chosen: Chosen) -> UpscaleJob:
@@ -118,11 +132,16 @@ def parse_target(text: str) -> tuple[int, int]:
     return size
 
 
-def parse_tile(text: str | int) -> int | None:
+def _tile(values: dict[str, Any]) -> int | None:
+    flag = "upscale_tile" if "upscale_tile" in values else "tile"
+    return parse_tile(values.get(flag, "auto"), flag.replace("_", "-"))
+
+
+def parse_tile(text: str | int, flag: str = "tile") -> int | None:
     """Side of the tiles in pixels, 0 for none, None for `auto`; raises UsageError."""
     if str(text) == "auto":
         return None
     if not str(text).isdecimal() or (int(text) != 0 and not MIN_TILE_PX <= int(text) <= MAX_SIDE_PX):
         hint = f"use auto, 0 for none, or at least {MIN_TILE_PX}"
-        raise UsageError(f"--tile {str(text)[:40]!r} is no number of pixels", hint)
+        raise UsageError(f"--{flag} {str(text)[:40]!r} is no number of pixels", hint)
     return int(text)

@@ -130,9 +130,9 @@ def _by_integers(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     power *= scale
     factor = None if power == 1.0 else torch.tensor(power, dtype=torch.float32)
     takes_upper = out.dtype == torch.bfloat16 and _adds_no_digits(power)
-    seen = out.view(torch.int16) if takes_upper else out
+    seen, whole = out.view(torch.int16) if takes_upper else out, _scratch()
     for piece, piece_out in zip(codes.view(torch.int8).split(CHUNK_ELEMENTS), seen.split(CHUNK_ELEMENTS), strict=True):
-        room = _scratch().first(piece.numel())
+        room = whole.first(piece.numel())
         half, bits = (piece_out, piece_out.view(torch.int16)) if out.dtype == torch.float16 else (room.half, room.bits)
         bits.copy_(piece).mul_(left)
         if mask is not None:

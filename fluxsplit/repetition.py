@@ -116,7 +116,8 @@ def images_of(
 def is_repetition(found: FoundRecipe, given: Mapping[str, Any]) -> bool:
     """Whether exactly the picture of a recipe of ours is asked for."""
     same = found.recipe is not None and new_size(found, given, Told()) == (found.recipe.width, found.recipe.height)
-    return same and not any(given.get(name) is not None for name in (*_CHANGES, *_KEEPING, "noise_index"))
+    changed = any(given.get(name) is not None for name in (*_CHANGES, *_KEEPING, "noise_index"))
+    return same and not changed and given.get("count", 1) == 1
 
 
 def new_size(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[int, int]:
@@ -224,15 +225,13 @@ def known_noise(found: FoundRecipe, given: Mapping[str, Any]) -> tuple[NoiseGrid
 
 
 def _seeds(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> list[int]:
-    if given.get("seed"):
-        return parse_seeds(given["seed"], 1)
-    if found.seed is None and found.tool is None:  # a photo, of which nothing is to be repeated
-        seed = draw_seed()
-        told.assumed.append(f"seed {seed} (--seed)")
-        return [seed]
-    if found.seed is None:
+    seeds = given.get("seed") or ([] if found.seed is None else [str(found.seed)])
+    if not seeds and found.tool is None:  # a photo, of which nothing is to be repeated
+        seeds = [str(draw_seed())]
+        told.assumed.append(f"seed {seeds[0]} (--seed)")
+    if not seeds:
         raise UsageError("it does not say its seed", "give --seed")
-    return [found.seed]
+    return parse_seeds(seeds, given.get("count", 1))
 
 
 def _texts(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[str, str, float]:

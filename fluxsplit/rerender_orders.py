@@ -85,7 +85,7 @@ def _order(source: Path, values: Mapping[str, Any]) -> Order:
     return Order(
         source=source,
         found=found,
-        images=tuple(_numbered(source, images, bool(values.get("seed")))),
+        images=tuple(_numbered(source, images, bool(values.get("seed")) or len(images) > 1)),
         keeping=keeping,
         files=files,
         encoders=encoders,

@@ -126,6 +126,7 @@ _PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in _NOT_OF
     "vram": _text,
 }
 _UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
+_ENLARGE = _UPSCALE | {"upscale_tile": _integer_or_text}
 _RERENDER: dict[str, Reader] = {
     "keep": _text,
     "strength": _number,
@@ -137,7 +138,7 @@ _RERENDER: dict[str, Reader] = {
     "vram": _text,
     "out": _text,
     "cache": _switch,
-} | _UPSCALE
+} | _ENLARGE
 _DECODE: dict[str, Reader] = {
     "vae_dtype": _text,
     "vram": _text,
@@ -145,7 +146,7 @@ _DECODE: dict[str, Reader] = {
     "out": _text,
     "overwrite": _switch,
     "delete_latents": _switch,
-} | _UPSCALE
+} | _ENLARGE
 _ENCODE: dict[str, Reader] = {"vae_dtype": _text, "vram": _text, "fit": _text, "out": _text, "format": _text}
 _UPSCALE_ALONE: dict[str, Reader] = {
     "comfyui": _text,
@@ -203,6 +204,7 @@ _ONCE: dict[str, dict[str, Reader]] = {
         "from_picks": _text,
         "prompt": _texts,
         "seed": _seeds,
+        "count": _integer,
         **{name: _SAMPLE[name] for name in _RECIPE},
         "dry_run": _switch,
         "json": _switch,

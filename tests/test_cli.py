@@ -531,13 +531,18 @@ def test_decode_without_a_vae(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_decode_enlarges_in_a_process_after_the_vaes(run: Run, home: Path) -> None:
     run("sample", "-p", "a", "--seed", "1..2")
     (home / "net.pth").write_bytes(b"x")
-    ran = run("decode", "latents", "--upscale", "net.pth", "--upscale-to", "300x200", "--dtype", "bf16")
+    words = ("--upscale-to", "300x200", "--upscale-tile", "96")
+    ran = run("decode", "latents", "--upscale", "net.pth", *words, "--dtype", "bf16")
     names = ["latent-1.png", "latent-2.png", "latent-1-large.png", "latent-2-large.png"]
     assert (ran.code, ran.out) == (0, [str(home / "images" / name) for name in names])
     order = [(entry["what"], entry["stage"]) for entry in ran.log]
     assert order.index(("done", "decode")) < order.index(("start", "upscale"))
     job = ran.job("upscale")
     assert (job["weights"], job["width"], job["height"], job["dtype"]) == (str(home / "net.pth"), 300, 200, "auto")
+    assert (job["tile"], ran.job("decode")["tile"]) == (96, 0)
+    for more, says in ((["96"], "no effect"), (["9", "--upscale", "net.pth"], "at least")):
+        ran = run("decode", "latents", "--upscale-tile", *more)
+        assert ran.code == 2 and "--upscale-tile" in ran.err and says in ran.err and not ran.log
 
 
 def test_decode_looks_for_the_upscaler_first(run: Run) -> None:

@@ -160,6 +160,11 @@ def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:
     assert [image["stem"] for image in by_folder.images] == [
         f"{name}-64x48-seed{seed}" for name in ("0001", "0002") for seed in (11, 12)
     ]
+    counted = run("rerender", "--from", "previews", "--count", "2", "--scale", "2")
+    assert [image["stem"] for image in counted.images] == [
+        f"{name}-128x96-seed{seed}" for name in ("0001", "0002") for seed in (7, 8)
+    ]
+    assert {image["start"]["keep"] for image in counted.images} == {"composition"}
     by_stdin = run("rerender", "--from", "-", stdin="previews/0002.png\n\n")
     assert [image["stem"] for image in by_stdin.images] == ["0002-64x48"]
     again = run("rerender", "previews/0002.png")
@@ -255,6 +260,8 @@ def test_a_picture_of_another_tool_says_what_was_assumed(run: Run, home: Path) -
         (["--from", "previews/0007.png", "--strength", "1.5"], "outside"),
         (["--from", "previews/0007.png", "--keep", "seed", "--strength", "0.5"], "no effect"),
         (["--from", "previews/0007.png", "--keep", "noise", "--strength", "0.5"], "no effect"),
+        (["--from", "previews/0007.png", "--upscale-tile", "64"], "no effect"),
+        (["--from", "previews/0007.png", "--count", "0"], "outside 1.."),
         (["--from", "previews/0007.png", "--sigmas", "0.9,0.5,0", "--strength", "0.5"], "drop --strength"),
         (["--from", "previews/0007.png", "-p", "a", "-p", "b"], "one prompt"),
         (["--from", "previews/0007.png", "--guidance", "3"], "no effect"),

@@ -35,6 +35,13 @@ def test_what_is_missing_is_an_error_with_its_flag(field: str, flag: str) -> Non
     assert flag in caught.value.hint
 
 
+def test_a_count_goes_on_from_the_pictures_seed_or_the_one_that_is_given() -> None:
+    for given, seeds in (({"count": 3}, [7, 8, 9]), ({"count": 2, "seed": ["20", "30..31"]}, [20, 21, 30, 31, 32])):
+        assert [made.seed for made in images_of(FOUND, given, "dev", {}, Told())] == seeds
+    drawn = images_of(FoundRecipe(prompt="a", picture_width=64, picture_height=64), {"count": 2}, "dev", {}, Told())
+    assert drawn[1].seed == drawn[0].seed + 1
+
+
 def test_a_shift_by_resolution_follows_the_size_and_a_fixed_one_stays() -> None:
     from fluxsplit.defaults import resolution_shift
 
