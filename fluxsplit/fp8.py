@@ -34,7 +34,9 @@ import torch
 from fluxsplit.errors import FluxsplitError
 
 CHUNK_ELEMENTS = 1 << 18
-"""Elements expanded at a time, so that the passes over them stay in the cache."""
+"""Elements that a thread expands at a time, so that the passes over them stay in its core's cache."""
+MAX_SHARES = 4
+"""Threads for which a piece is that much larger: at its end they wait for one another, which many do for longer."""
 CACHE_LINE_BYTES = 64
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CHEAP_SCALE = {torch.float8_e4m3fn: 2.0**-8, torch.float8_e5m2: 1.0}
@@ -131,7 +133,8 @@ def _by_integers(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     factor = None if power == 1.0 else torch.tensor(power, dtype=torch.float32)
     takes_upper = out.dtype == torch.bfloat16 and _adds_no_digits(power)
     seen, whole = out.view(torch.int16) if takes_upper else out, _scratch()
-    for piece, piece_out in zip(codes.view(torch.int8).split(CHUNK_ELEMENTS), seen.split(CHUNK_ELEMENTS), strict=True):
+    count = whole.half.numel()
+    for piece, piece_out in zip(codes.view(torch.int8).split(count), seen.split(count), strict=True):
         room = whole.first(piece.numel())
         half, bits = (piece_out, piece_out.view(torch.int16)) if out.dtype == torch.float16 else (room.half, room.bits)
         bits.copy_(piece).mul_(left)
@@ -204,10 +207,10 @@ def _scratch() -> _Scratch:
 
 def _new_scratch() -> _Scratch:
     """`single` begins with a line of the cache; torch's views would not have `upper` begin in the middle of a value."""
-    single_bytes = 4 * CHUNK_ELEMENTS
-    memory = bytearray(single_bytes + 2 * CACHE_LINE_BYTES)
+    count = CHUNK_ELEMENTS * min(MAX_SHARES, torch.get_num_threads())
+    memory = bytearray(4 * count + 2 * CACHE_LINE_BYTES)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % CACHE_LINE_BYTES
-    single = torch.frombuffer(memory, dtype=torch.float32, count=CHUNK_ELEMENTS, offset=start)
-    upper = torch.frombuffer(memory, dtype=torch.int32, count=CHUNK_ELEMENTS, offset=start + 2)
-    bits = torch.empty(CHUNK_ELEMENTS, dtype=torch.int16)
+    single = torch.frombuffer(memory, dtype=torch.float32, count=count, offset=start)
+    upper = torch.frombuffer(memory, dtype=torch.int32, count=count, offset=start + 2)
+    bits = torch.empty(count, dtype=torch.int16)
     return _Scratch(bits, bits.view(torch.float16), single, upper)

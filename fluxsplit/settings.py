@@ -126,7 +126,7 @@ _PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in _NOT_OF
     "vram": _text,
 }
 _UPSCALE: dict[str, Reader] = {"upscale": _integer_or_text, "upscale_to": _text, "fetch": _switch}
-_ENLARGE = _UPSCALE | {"upscale_tile": _integer_or_text}
+_ENLARGE: dict[str, Reader] = _UPSCALE | {"upscale_tile": _integer_or_text}
 _RERENDER: dict[str, Reader] = {
     "keep": _text,
     "strength": _number,
