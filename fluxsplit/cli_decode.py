@@ -10,7 +10,7 @@ from typing import Any
 from fluxsplit import durable
 from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
 from fluxsplit.cli_sample import wanted_files
-from fluxsplit.cli_upscale import UpscaleOptions, enlarging, upscale_paths
+from fluxsplit.cli_upscale import UpscaleOptions, enlarge, enlarging
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.fingerprint import file_sha256
@@ -113,7 +113,7 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
         progress.note(f"what is decoded would be enlarged by {Path(plan.upscale.job.weights).name}")
     elif plan.upscale is not None:
         made = dict.fromkeys(progress.results[before:])  # each picture once
-        upscale_paths(tuple(made), plan.upscale, progress)  # the VAE's process has ended
+        enlarge(tuple(made), plan.upscale, progress)  # the VAE's process has ended
     codes = {refused.error.exit_code for refused in plan.refused}
     return codes.pop() if not plan.jobs and len(codes) == 1 else int(bool(progress.failures))
 

@@ -23,12 +23,21 @@ def run_info(files: list[str], json: bool, form: str | None) -> int:
     """Print the reports; returns the exit code. `form` is one of `FORMS` for the recipe alone."""
     if form is not None and form not in FORMS:
         raise UsageError(f"--as {form} is not one of {', '.join(FORMS)}")
-    failures, paths = 0, gather_files(files, _in_folder, "file to tell of")
+    failures, found = 0, dict[Path, None]()
+    for name in files or ("",):
+        try:
+            found.update(dict.fromkeys(gather_files([name] if name else [], _in_folder, "file to tell of")))
+        except FluxsplitError as error:
+            if len(files) < 2:
+                raise
+            failures += 1
+            print(f"fluxsplit: {error.line()}", file=sys.stderr)
+    paths = list(found)
     for number, path in enumerate(paths):
         try:
             text = _report(path, json, form)
         except FluxsplitError as error:
-            if len(paths) == 1:
+            if len(paths) == 1 and not failures:
                 raise
             failures += 1
             print(f"fluxsplit: {error.line()}", file=sys.stderr)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 from fluxsplit import durable
 from fluxsplit.already_made import Renderer, recipe_of, renderer_of
-from fluxsplit.arguments import check_choice, check_device, out_folder
+from fluxsplit.arguments import check_choice, check_device, gather_prompts, out_folder
 from fluxsplit.cli_decode import plan_decode, run_decode
 from fluxsplit.cli_encode import encode_events
 from fluxsplit.cli_sample import wanted_files
-from fluxsplit.cli_upscale import UpscaleOptions, enlarging, upscale_paths
+from fluxsplit.cli_upscale import UpscaleOptions, enlarge, enlarging, tell_there
 from fluxsplit.conditioning_cache import Encoders
+from fluxsplit.errors import UsageError
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import EncodeJob, ImageJob, ModelFiles, absolute
 from fluxsplit.memory import check_budget
@@ -35,11 +37,13 @@ _DECODING = ("model", "vae", "comfyui", "device", "vram", "vae_dtype")
 
 def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Read, plan, sample and decode; returns the exit code. One that fails does not stop the rest."""
-    values, upscale = defaults | given, enlarging(given, defaults, progress)
-    orders = read_orders(gather(values), values, progress)
+    values, upscale = defaults | _with_prompt(given), enlarging(given, defaults, progress)
+    orders = read_orders(gather(values, progress.note), values, progress)
+    names = Counter(order.source.name for order in orders)
     for order in orders:
+        label = order.source.name if names[order.source.name] == 1 else str(order.source)
         for line in order.lines:
-            progress.note(f"{order.source.name}: {line}")
+            progress.note(f"{label}: {line}")
     out = Path(out_folder(values, FOLDER))
     if values.get("dry_run"):
         return _show(_planned(orders, values, out), bool(values.get("json")), progress)
@@ -52,26 +56,29 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
         if latents:
             _decode(latents, given, defaults, out, upscale, progress)
     if upscale is not None:
-        there = {picture: _enlarged(picture, upscale) for picture in planned.pictures}
-        for enlarged in filter(None, there.values()):
-            _tell_there(enlarged, progress)
-        upscale_paths([picture for picture, enlarged in there.items() if not enlarged], upscale, progress)
+        enlarge(planned.pictures, upscale, progress)
     return 1 if progress.failures else 0
 
 
 def _tell_made(planned: _Planned, progress: Progress) -> None:
     """Say what is not made again; pictures that are there are results all the same."""
     for picture in planned.pictures:
-        _tell_there(picture, progress)
+        tell_there(picture, str(_latent_of(Path(picture))), progress)
     for latent in planned.latents:
         progress.note(f"{Path(latent).name} was finished before and is only decoded")
 
 
-def _tell_there(picture: str, progress: Progress) -> None:
-    record = record_of(Path(picture))
-    recipe = record.recipe.to_object() if record is not None and record.recipe is not None else None
-    progress.note(f"{Path(picture).name} is there already, made with these settings")
-    progress.show({"event": "result", "path": picture, "recipe": recipe})
+def _latent_of(picture: Path) -> Path:
+    return picture.parent / LATENTS / f"{picture.stem}.pt"
+
+
+def _with_prompt(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags, with the prompt from stdin where that is asked for."""
+    if "-" not in given.get("prompt", ()):
+        return given
+    if "-" in (*given.get("images", ()), *given.get("from", ())):
+        raise UsageError("the prompt and the pictures' names are both to come from stdin", "give one of them as a flag")
+    return {**given, "prompt": gather_prompts(given["prompt"], "")}
 
 
 def _with_latents(orders: list[Order], values: dict[str, Any], out: Path, progress: Progress) -> list[Order]:
@@ -188,6 +195,13 @@ def _start(order: Order) -> dict[str, Any]:
     return {"start": order.keeping.start(sha256), "start_latent": order.latent}
 
 
+def _stems(image: ImageJob) -> tuple[str, str]:
+    """The name of a job's picture, and the one that it would have had if seeds were (not) asked for as well."""
+    by_seed = f"-seed{image.seed}"
+    plain = image.stem.removesuffix(by_seed)
+    return image.stem, plain if plain != image.stem else image.stem + by_seed
+
+
 class _Names:
     """Names for results in a folder: those that are free, and those that hold what is asked for already."""
 
@@ -205,10 +219,12 @@ class _Names:
 
     def made(self, image: ImageJob, renderer: Renderer) -> tuple[str, str]:
         """Picture and latent of what a job asks for, as far as they are there; empty where they are not."""
-        for name in itertools.takewhile(self._taken.__contains__, self._names(image.stem)):
+        numbered = (itertools.takewhile(self._taken.__contains__, self._names(stem)) for stem in _stems(image))
+        for name in itertools.chain.from_iterable(numbered):
             if name in self._mine:
                 continue
-            picture, latent = self._out / f"{name}.png", self._out / LATENTS / f"{name}.pt"
+            picture = self._out / f"{name}.png"
+            latent = _latent_of(picture)
             record = record_of(picture)
             recipes = (record.recipe if record is not None and self._decoded(record) else None, recipe_of(latent))
             there = [recipe is not None and renderer.made(recipe, image) for recipe in recipes]
@@ -233,21 +249,6 @@ class _Names:
         yield from (f"{stem}-{number}" for number in itertools.count(2))
 
 
-def _enlarged(picture: str, upscale: UpscaleOptions) -> str:
-    """The picture that would be made of this one by enlarging it, if it is there; else empty."""
-    job, path, own = upscale.job, Path(picture), record_of(Path(picture))
-    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}-*.png")) if own is not None else ():
-        record = record_of(file)
-        if record is None or len(record.upscaler) != 1 or replace(record, upscaler=()) != own:
-            continue
-        (stamp,) = record.upscaler
-        size = own.recipe and (own.recipe.width * job.factor, own.recipe.height * job.factor)
-        wanted = (job.width, job.height) if job.width else size if job.factor else (stamp.width, stamp.height)
-        if (stamp.width, stamp.height) == wanted and stamp.sha256 == weights_sha256(job.weights):
-            return str(file)
-    return ""
-
-
 def _decode(
     latents: list[str],
     given: dict[str, Any],
@@ -262,11 +263,14 @@ def _decode(
 
 
 def _show(planned: _Planned, as_json: bool, progress: Progress) -> int:
-    from fluxsplit.dry_run import show_plan  # noqa: PLC0415
+    from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
 
-    for path in (*planned.pictures, *planned.latents):
+    there = [*planned.pictures, *planned.latents]
+    for path in there:
         progress.note(f"{Path(path).name} is there already, made with these settings")
     for plan in planned.plans:
         durable.check_folder(plan.out)
-        show_plan(plan, as_json)
+        print(plan_json(plan, there=there)) if as_json else print_plan(plan)
+    if as_json and not planned.plans:
+        print(json.dumps({"images": [], "there": there}))
     return 1 if progress.failures else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from fluxsplit import durable, places
 from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
 from fluxsplit.errors import UsageError
 from fluxsplit.executor import StageProcess
+from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import UpscaleJob, absolute
 from fluxsplit.memory import check_budget
 from fluxsplit.metadata import is_enlarged
 from fluxsplit.picture_file import SUFFIXES
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES
+from fluxsplit.rerender_sources import record_of
 from fluxsplit.retry import events_with_retry
 from fluxsplit.upscalers import Chosen, choose
 
@@ -91,6 +94,41 @@ def enlarging(given: dict[str, Any], defaults: dict[str, Any], progress: Progres
     return upscale_options({"upscale": "2", **wanted}, progress)
 
 
+def enlarge(pictures: Sequence[str], options: UpscaleOptions, progress: Progress) -> None:
+    """Enlarge what another command made; what is there already, from the same pictures, is told and left."""
+    there = {picture: "" if options.job.overwrite else _enlarged(picture, options.job) for picture in pictures}
+    for picture, enlarged in there.items():
+        if enlarged:
+            tell_there(enlarged, picture, progress)
+    upscale_paths([picture for picture, enlarged in there.items() if not enlarged], options, progress)
+
+
+def _enlarged(picture: str, job: UpscaleJob) -> str:
+    """The picture that would be made of this one by enlarging it, if it is there; else empty."""
+    path, own = Path(picture), record_of(Path(picture))
+    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}-*.png")) if own is not None else ():
+        record = record_of(file)
+        if record is None or len(record.upscaler) != 1 or replace(record, upscaler=()) != own:
+            continue
+        (stamp,) = record.upscaler
+        size = own.recipe and (own.recipe.width * job.factor, own.recipe.height * job.factor)
+        wanted = (job.width, job.height) if job.width else size if job.factor else (stamp.width, stamp.height)
+        if (stamp.width, stamp.height) == wanted and stamp.sha256 == weights_sha256(job.weights):
+            return str(file)
+    return ""
+
+
+def tell_there(picture: str, source: str, progress: Progress) -> None:
+    """Say that a picture need not be made again; it is a result all the same, with what a new one would say."""
+    record = record_of(Path(picture))
+    recipe = record.recipe if record is not None else None
+    sized = record.upscaler[-1] if record is not None and record.upscaler else recipe
+    size = {} if sized is None else {"width": sized.width, "height": sized.height}
+    progress.note(f"{Path(picture).name} is there already, made with these settings")
+    told = {"event": "result", "path": picture, "source": source, "recipe": recipe and recipe.to_object()}
+    progress.show(told | size)
+
+
 def _with_weights(job: UpscaleJob, chosen: Chosen) -> UpscaleJob:
     sha256 = chosen.published.sha256 if chosen.published else ""
     return replace(job, weights=chosen.path, factor=chosen.factor, published_sha256=sha256)
@@ -142,6 +180,6 @@ def parse_tile(text: str | int, flag: str = "tile") -> int | None:
     if str(text) == "auto":
         return None
     if not str(text).isdecimal() or (int(text) != 0 and not MIN_TILE_PX <= int(text) <= MAX_SIDE_PX):
-        hint = f"use auto, 0 for none, or at least {MIN_TILE_PX}"
-        raise UsageError(f"--{flag} {str(text)[:40]!r} is no number of pixels", hint)
+        hint = f"use auto, 0 for none, or {MIN_TILE_PX}..{MAX_SIDE_PX}"
+        raise UsageError(f"--{flag} {str(text)[:40]!r} is no side of a tile in pixels", hint)
     return int(text)

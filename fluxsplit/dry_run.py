@@ -101,10 +101,10 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     print(plan_json(plan)) if as_json else print_plan(plan)
 
 
-def plan_json(plan: Plan) -> str:
-    """The plan as one line of JSON, with the memory plan and the device under `memory` and `device_info`."""
+def plan_json(plan: Plan, **more: Any) -> str:
+    """The plan and `more` as one line of JSON, with the memory plan and the device under `memory` and `device_info`."""
     memory, device, _ = memory_plan(plan)
-    return json.dumps(plan_object(plan) | {"memory": asdict(memory), "device_info": asdict(device)})
+    return json.dumps(plan_object(plan) | {"memory": asdict(memory), "device_info": asdict(device)} | more)
 
 
 def print_plan(plan: Plan) -> None:

@@ -34,10 +34,13 @@ from fluxsplit.recipe import MAX_STEPS, SAMPLERS, SCHEDULERS, VAE_FACTOR, check_
 from fluxsplit.start import FITS, KEEPS, MAX_GRIDS, MIN_STRENGTH, NoiseGrid, Start
 
 MAX_SCALE = 16.0
+LEAST_SIDE_PX = 2 * VAE_FACTOR
 PHOTO_PIXELS = 1 << 20
 """What a picture that says nothing of itself is rendered at, if it is larger: where FLUX.1 draws best."""
 _CHANGES = ("prompt", "negative", "seed", "steps", "guidance", "cfg", "sampler", "scheduler", "shift", "sigmas")
 _KEEPING = ("keep", "strength", "fit", "low_frequency_guidance")
+_NEUTRAL = {"fit": FITS[0], "low_frequency_guidance": 0.0}
+"""What asks for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ def images_of(
     width, height = new_size(found, given, told)
     prompt, negative, cfg = _texts(found, given, told)
     levels = _levels(found, given, (width, height), variant, config, told)
+    sampler = _named("sampler", found.sampler, given, SAMPLERS, told)
     guidance = given.get("guidance", found.guidance)
     if given.get("guidance") is not None:
         check_range("guidance", given["guidance"], 0, 1000)
@@ -105,7 +109,7 @@ def images_of(
             guidance=guidance if variant == "dev" else None,
             cfg=cfg,
             negative=negative,
-            sampler=_named("sampler", found.sampler, given, SAMPLERS, told),
+            sampler=sampler,
             noise_index=given.get("noise_index", found.noise_index) or 0,
             **levels,
         )
@@ -116,8 +120,13 @@ def images_of(
 def is_repetition(found: FoundRecipe, given: Mapping[str, Any]) -> bool:
     """Whether exactly the picture of a recipe of ours is asked for."""
     same = found.recipe is not None and new_size(found, given, Told()) == (found.recipe.width, found.recipe.height)
-    changed = any(given.get(name) is not None for name in (*_CHANGES, *_KEEPING, "noise_index"))
+    changed = any(_asks(given, name) for name in (*_CHANGES, *_KEEPING, "noise_index"))
     return same and not changed and given.get("count", 1) == 1
+
+
+def _asks(given: Mapping[str, Any], name: str) -> bool:
+    """Whether a flag is given that asks for something."""
+    return given.get(name) is not None and given[name] != _NEUTRAL.get(name)
 
 
 def new_size(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[int, int]:
@@ -137,6 +146,9 @@ def new_size(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[
     scale = given["scale"]
     if not (math.isfinite(scale) and 0 < scale <= MAX_SCALE):
         raise UsageError(f"--scale {scale:g} is not above 0 and up to {MAX_SCALE:g}")
+    if min(width, height) * scale < LEAST_SIDE_PX:
+        hint = f"the smallest is {LEAST_SIDE_PX / min(width, height):.2g}"
+        raise UsageError(f"--scale {scale:g} of {width}x{height} is less than {LEAST_SIDE_PX} a side", hint)
     return _rounded(width, height, scale, told)
 
 
@@ -194,7 +206,8 @@ def _strength(given: Mapping[str, Any]) -> float:
 def _default_keep(
     found: FoundRecipe, given: Mapping[str, Any], size: tuple[int, int], noise: tuple[NoiseGrid, ...], told: Told
 ) -> str:
-    if found.tool is not None and size == own_size(found) and not any(given.get(name) is not None for name in _KEEPING):
+    asked = any(_asks(given, name) for name in _KEEPING if name != "fit")  # there is nothing to fit
+    if found.tool is not None and size == own_size(found) and not asked:
         return "seed"
     if noise or defaults.KEEP in ("seed", "image"):
         return defaults.KEEP
@@ -205,7 +218,7 @@ def _default_keep(
 def _check_useful(keep: str, given: Mapping[str, Any]) -> None:
     useless = {"seed": ("strength", "fit", "low_frequency_guidance"), "noise": ("strength", "low_frequency_guidance")}
     for name in useless.get(keep, ()):
-        if given.get(name) is not None:
+        if _asks(given, name):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} has no effect with --keep {keep}", "use --keep composition, or drop it")
 

@@ -54,15 +54,20 @@ class Order:
 
 
 def read_orders(sources: Sequence[Path], values: Mapping[str, Any], progress: Progress) -> list[Order]:
-    orders = []
+    """An order for each picture; one for which that cannot be is told, and raised where all fail for one reason."""
+    orders, failures = list[Order](), list[tuple[Path, FluxsplitError]]()
     for source in sources:
         try:
             orders.append(_order(source, values))
         except FluxsplitError as error:
-            told = error if source.name in error.message else type(error)(f"{source.name}: {error.message}", error.hint)
-            if len(sources) == 1:
-                raise told from None
-            progress.failed(absolute(source), error.message, error.hint)
+            failures.append((source, error))
+    if len(failures) == len(sources) and len({error.line() for _, error in failures}) == 1:
+        source, first = failures[0]
+        if len(sources) > 1 or source.name in first.message:
+            raise first
+        raise type(first)(f"{source.name}: {first.message}", first.hint) from None
+    for source, failure in failures:
+        progress.failed(absolute(source), failure.message, failure.hint)
     return orders
 
 

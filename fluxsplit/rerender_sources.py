@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ PICKS_FOLDER = "previews"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def gather(values: Mapping[str, Any]) -> list[Path]:
-    """The pictures and latents that are named: files, globs, folders, picks, and the lines of stdin for `-`."""
+def gather(values: Mapping[str, Any], note: Callable[[str], None]) -> list[Path]:
+    """The pictures and latents that are named: files, globs, folders, picks, and the lines of stdin for `-`.
+
+    `note` is told what of a folder is left out.
+    """
     files: dict[Path, None] = {}
     for name in (*values.get("images", ()), *values.get("from", ())):
         for word in read_names() if name == "-" else [name]:
-            files.update(dict.fromkeys(_named(word)) if word else {})
+            files.update(dict.fromkeys(_named(word, note)) if word else {})
     if values.get("from_picks"):
         files.update(dict.fromkeys(_picked(Path(values["from_picks"]).expanduser())))
     if not files:
@@ -33,14 +36,18 @@ def gather(values: Mapping[str, Any]) -> list[Path]:
     return list(files)
 
 
-def _named(word: str) -> list[Path]:
+def _named(word: str, note: Callable[[str], None]) -> list[Path]:
     path = Path(word).expanduser()
     if path.is_dir():
         suffixes = (*_PICTURES, *SUFFIXES.values())
         held = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and not is_overview(file))
         if not held:
             raise UsageError(f"{path} holds no picture and no latent", f"they end in {', '.join(suffixes)}")
-        return as_rendered(held)
+        rendered = as_rendered(held)
+        if left := len(held) - len(rendered):
+            what = "1 enlarged copy is" if left == 1 else f"{left} enlarged copies are"
+            note(f"{path}: {what} left out; name them to render them again")
+        return rendered
     matching = named(word)
     if matching == [path]:
         return matching

@@ -216,6 +216,7 @@ _ONCE: dict[str, dict[str, Reader]] = {
     "peek": {"latents": _texts, "json": _switch},
 }
 """What belongs to one run: on the command line or in a workflow file, never in the defaults."""
+_ONE_RUN = "it belongs to one run: give it as a flag, or in a workflow for `fluxsplit run`"
 WORKFLOW: dict[str, dict[str, Reader]] = {name: DEFAULTS[name] | _ONCE[name] for name in COMMANDS}
 
 
@@ -298,11 +299,16 @@ def _environment_tables(environment: Mapping[str, str]) -> dict[str, Values]:
             continue
         if variable not in names:
             of_commands = [name for name in names if name.endswith("_" + variable.removeprefix(PREFIX))]
-            hint = f"it is {' or '.join(of_commands)}" if of_commands else nearest(variable, names)
+            hint = f"it is {' or '.join(of_commands)}" if of_commands else _unknown_variable_hint(variable, names)
             raise UsageError(f"environment variable {variable} is not a setting", hint)
         table, key = names[variable]
         tables.setdefault(table, {})[key] = _read(key, value, DEFAULTS[table][key], f"the environment ({variable})")
     return tables
+
+
+def _unknown_variable_hint(variable: str, names: Iterable[str]) -> str:
+    command, _, key = variable.removeprefix(PREFIX).lower().partition("_")
+    return _ONE_RUN if key in _ONCE.get(command, ()) else nearest(variable, names)
 
 
 def _load(file: Path) -> Values:
@@ -340,8 +346,9 @@ def _unknown_hint(key: str, readers: Mapping[str, Reader]) -> str:
     if tables and readers is SHARED:
         return f"it belongs in {' or '.join(f'[{table}]' for table in tables)}"
     if any(key in once for once in _ONCE.values()):
-        return "it belongs to one run: give it as a flag, or in a workflow for `fluxsplit run`"
-    return nearest(key.replace("_", "-"), (name.replace("_", "-") for name in readers))
+        return _ONE_RUN
+    known = dict.fromkeys((*readers, *(name for once in _ONCE.values() for name in once)))
+    return similar(key.replace("_", "-"), (name.replace("_", "-") for name in known)) or nearest(key, readers)
 
 
 def _read(key: str, value: Any, reader: Reader, where: str) -> Any:

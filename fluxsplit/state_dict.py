@@ -9,6 +9,7 @@ pickles followed by the storages (pytorch/torch/serialization.py, `_legacy_save`
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -51,28 +52,45 @@ def read_state_dict(path: str | Path) -> StateDict:
     """
     path = Path(path)
     try:
-        state = _read(path)
+        state = _container(path)(path)
         _check(state)
     except FileNotFoundError:
         raise ModelFileMissing(f"{path} does not exist") from None
     except OSError as error:
         raise FluxsplitError(f"cannot read {path}: {error.strerror}") from error
     except FluxsplitError as error:
-        raise FluxsplitError(f"{path.name} is refused: {error.message}", error.hint) from None
+        raise _refused(path, error) from None
     return state
 
 
-def _read(path: Path) -> StateDict:
+def check_container(path: Path) -> None:
+    """Refuse, by its first bytes, a file that cannot hold tensors; raises FluxsplitError."""
+    try:
+        _container(path)
+    except FluxsplitError as error:
+        raise _refused(path, error) from None
+
+
+def _refused(path: Path, error: FluxsplitError) -> FluxsplitError:
+    return FluxsplitError(f"{path.name} is refused: {error.message}", error.hint)
+
+
+def _container(path: Path) -> Callable[[Path], StateDict]:
+    """Who reads such a file."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(ZIP_MAGIC):
-        chosen = read_chosen(path, unwrapped, WEIGHT_FILE)
-        return {name: tensor for name, tensor in chosen.items() if isinstance(tensor, Tensor)}
+        return _read_zip
     if start.startswith(OLD_TORCH_START):
-        return _read_old(path)
+        return _read_old
     if start[8:9] == b"{":
-        return _read_safetensors(path)
+        return _read_safetensors
     raise FluxsplitError("it is neither safetensors nor a file by torch.save", "name a .safetensors or .pth file")
+
+
+def _read_zip(path: Path) -> StateDict:
+    chosen = read_chosen(path, unwrapped, WEIGHT_FILE)
+    return {name: tensor for name, tensor in chosen.items() if isinstance(tensor, Tensor)}
 
 
 def unwrapped(table: Any) -> dict[str, Any]:

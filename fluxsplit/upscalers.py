@@ -16,7 +16,7 @@ from fluxsplit.download import download
 from fluxsplit.errors import ModelFileMissing
 from fluxsplit.fingerprint import cache_folder, file_sha256
 from fluxsplit.jobs import absolute
-from fluxsplit.state_dict import SUFFIXES
+from fluxsplit.state_dict import SUFFIXES, check_container
 
 _RELEASES = "https://github.com/xinntao/Real-ESRGAN/releases/download"
 PACKAGED = Path(__file__).parent / "demo" / "upscaler-2x.safetensors"
@@ -102,12 +102,13 @@ def choose(wanted: str, comfyui: Path | None, fetch: bool, on_bytes: Callable[[s
     """The file that `wanted` means: 2, 4, a name of `PUBLISHED`, a file's name in ComfyUI's folders, or a path.
 
     With `fetch`, a published file that is nowhere as it was published is downloaded; `on_bytes` is told name, done and
-    total. Raises ModelFileMissing, saying where it looked.
+    total. Raises ModelFileMissing, saying where it looked, FluxsplitError for a path to what is no weight file.
     """
     if wanted in ("2", "4"):
         return _by_number(int(wanted), comfyui, fetch, on_bytes)
     path = Path(wanted).expanduser()
     if path.is_file():
+        check_container(path)  # before anything is made that is to be enlarged
         return Chosen(absolute(path), 0, known(path.name))
     published = known(wanted)
     names = (published.file,) if published else (wanted, *(wanted + suffix for suffix in SUFFIXES))

@@ -22,6 +22,7 @@ from fluxsplit.arguments import prompt_warnings
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
 from fluxsplit.settings import WORKFLOW
+from fluxsplit.torch_file import ZIP_MAGIC
 
 FAKE_STAGE = Path(__file__).parent / "fake_stage.py"
 
@@ -530,7 +531,7 @@ def test_decode_without_a_vae(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_decode_enlarges_in_a_process_after_the_vaes(run: Run, home: Path) -> None:
     run("sample", "-p", "a", "--seed", "1..2")
-    (home / "net.pth").write_bytes(b"x")
+    (home / "net.pth").write_bytes(ZIP_MAGIC)
     words = ("--upscale-to", "300x200", "--upscale-tile", "96")
     ran = run("decode", "latents", "--upscale", "net.pth", *words, "--dtype", "bf16")
     names = ["latent-1.png", "latent-2.png", "latent-1-large.png", "latent-2-large.png"]
@@ -540,7 +541,7 @@ def test_decode_enlarges_in_a_process_after_the_vaes(run: Run, home: Path) -> No
     job = ran.job("upscale")
     assert (job["weights"], job["width"], job["height"], job["dtype"]) == (str(home / "net.pth"), 300, 200, "auto")
     assert (job["tile"], ran.job("decode")["tile"]) == (96, 0)
-    for more, says in ((["96"], "no effect"), (["9", "--upscale", "net.pth"], "at least")):
+    for more, says in ((["96"], "no effect"), (["9", "--upscale", "net.pth"], "16..65535")):
         ran = run("decode", "latents", "--upscale-tile", *more)
         assert ran.code == 2 and "--upscale-tile" in ran.err and says in ran.err and not ran.log
 
@@ -579,7 +580,7 @@ def test_upscale(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folders_own_results_are_not_enlarged_again(run: Run, home: Path) -> None:
-    (home / "net.pth").write_bytes(b"x")
+    (home / "net.pth").write_bytes(ZIP_MAGIC)
     pixels = bytes(3 * 4 * 4)
     (home / "in").mkdir()
     (home / "in" / "a.png").write_bytes(encode_png(pixels, 4, 4, {"parameters": "a fox"}))
@@ -600,8 +601,8 @@ def test_usage_errors_of_upscale(run: Run, home: Path) -> None:
     for words, said in [
         (["empty"], "holds no picture"),
         (["-"], "there is no picture to enlarge"),
-        (["a.png", "--tile", "5"], "'5' is no number of pixels"),
-        (["a.png", "--tile", "-64"], "is no number of pixels"),
+        (["a.png", "--tile", "5"], "'5' is no side of a tile in pixels"),
+        (["a.png", "--tile", "-64"], "is no side of a tile in pixels"),
         (["a.png", "--upscale-to", "big"], "is not WIDTHxHEIGHT"),
         (["a.png", "--upscale-to", "0x9"], "is outside 1..65535"),
         (["a.png", "--dtype", "int8"], "is not one of"),
@@ -738,6 +739,9 @@ def test_info_of_a_folder_tells_of_every_file_in_it(run: Run, tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     ran = run("info", tmp_path / "empty")
     assert ran.code == 2 and "holds no picture, latent or weight file" in ran.err
+    ran = run("info", "--json", tmp_path / "empty", "gone.pt", latents[0])
+    assert ran.code == 1 and [json.loads(line)["path"] for line in ran.out] == latents[:1]
+    assert "empty holds no" in ran.err and "gone.pt does not exist" in ran.err
 
 
 def test_version_and_help(run: Run) -> None:

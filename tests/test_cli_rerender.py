@@ -79,6 +79,38 @@ def test_nothing_changed_repeats_every_setting(run: Run, home: Path) -> None:
     assert "seed 7" in ran.err and "nothing is changed" in ran.err
 
 
+@pytest.mark.parametrize("words", [["--fit", "stretch"], ["--low-frequency-guidance", "0"], ["--count", "1"]])
+def test_a_flag_that_asks_for_nothing_changes_nothing(run: Run, home: Path, words: list[str]) -> None:
+    (image,) = run("rerender", "--from", preview(home / "previews"), *words).images
+    assert image["start"] is None and image["recorded_sigmas"] == [1.0, 0.4, 0.0]
+
+
+def test_the_prompt_may_come_from_stdin(run: Run, home: Path) -> None:
+    source = preview(home / "previews")
+    (image,) = run("rerender", source, "-p", "-", stdin="# a line that is none\na dog\n").images
+    assert image["prompt"] == "a dog"
+    for words, stdin, says in (
+        (["-p", "-"], "a\nb\n", "one prompt"),
+        (["-", "-p", "-"], "a\n", "both to come from stdin"),
+    ):
+        ran = run("rerender", *([source] if len(words) == 2 else []), *words, stdin=stdin)
+        assert ran.code == 2 and says in ran.err
+
+
+def test_what_is_wrong_with_the_flags_is_said_once(run: Run, home: Path) -> None:
+    for name in ("0001", "0002", "0003"):
+        preview(home / "previews", name)
+    for words in (["--count", "0"], ["--size", "100x100"], ["--scale", "0.01"]):
+        ran = run("rerender", "previews", *words)
+        assert ran.code == 2 and len(ran.err.splitlines()) == 1 and "0001" not in ran.err
+
+
+def test_pictures_of_one_name_are_told_apart(run: Run, home: Path) -> None:
+    preview(home / "a"), preview(home / "b")
+    ran = run("rerender", "a/0007.png", "b/0007.png", "--count", "2", "--sampler", "euler", "--dry-run")
+    assert "a/0007.png: found" in ran.err and "b/0007.png: found" in ran.err
+
+
 def test_another_size_keeps_the_composition(run: Run, home: Path) -> None:
     source = preview(home / "previews")
     ran = run("rerender", source, "--size", "136x96")
@@ -261,6 +293,8 @@ def test_a_picture_of_another_tool_says_what_was_assumed(run: Run, home: Path) -
         (["--from", "previews/0007.png", "--keep", "seed", "--strength", "0.5"], "no effect"),
         (["--from", "previews/0007.png", "--keep", "noise", "--strength", "0.5"], "no effect"),
         (["--from", "previews/0007.png", "--upscale-tile", "64"], "no effect"),
+        (["--from", "previews/0007.png", "--fit", "centre"], "no effect"),
+        (["--from", "previews/0007.png", "--upscale", "bare.png"], "neither safetensors nor"),
         (["--from", "previews/0007.png", "--count", "0"], "outside 1.."),
         (["--from", "previews/0007.png", "--sigmas", "0.9,0.5,0", "--strength", "0.5"], "drop --strength"),
         (["--from", "previews/0007.png", "-p", "a", "-p", "b"], "one prompt"),

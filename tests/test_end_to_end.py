@@ -324,6 +324,15 @@ def test_the_same_rerender_again_goes_on_where_the_first_one_ended(tmp_path: Pat
     assert [line.split()[2] for line in told.splitlines() if "rendered from:" in line] == ["0001.png"] * 2
     dry = fluxsplit(*words, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0 and dry.stdout == "" and "is there already" in dry.stderr
+    planned = json.loads(fluxsplit(*words, "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert planned["images"] == [] and [Path(path).name for path in planned["there"]] == [path.name for path in paths]
+    told = [json.loads(line) for line in fluxsplit(*words, "--json", cwd=tmp_path).stdout.splitlines()]
+    assert [(Path(one["source"]).name, one["width"], one["height"]) for one in told] == [
+        ("0001-96x64.pt", 96, 64),
+        ("0002-96x64.pt", 96, 64),
+    ]
+    more = fluxsplit("rerender", "previews/0001.png", "--size", "96x64", "--count", "2", cwd=tmp_path)
+    assert [Path(line).name for line in more.stdout.splitlines()] == ["0001-96x64.png", "0001-96x64-seed8.png"]
     other = fluxsplit(*words, "--steps", "3", cwd=tmp_path)
     assert [Path(line).name for line in other.stdout.splitlines()] == ["0001-96x64-2.png", "0002-96x64-2.png"]
     in_bf16 = fluxsplit(*words, "--vae-dtype", "bf16", cwd=tmp_path)
@@ -334,6 +343,11 @@ def test_the_same_rerender_again_goes_on_where_the_first_one_ended(tmp_path: Pat
     assert names == ["0001-96x64.png", "0002-96x64.png", "0001-96x64-2x.png", "0002-96x64-2x.png"]
     once_more = fluxsplit(*words, "--upscale", "2", cwd=tmp_path)
     assert once_more.stdout == larger.stdout and "enlarged" not in once_more.stderr, "nothing is enlarged twice"
+    by_decode = fluxsplit(
+        "decode", "renders/latents/0001-96x64.pt", "-o", "renders", "-u", "2", "--upscale-tile", "64", cwd=tmp_path
+    )
+    assert [Path(line).name for line in by_decode.stdout.splitlines()] == ["0001-96x64.png", "0001-96x64-2x.png"]
+    assert "enlarged" not in by_decode.stderr and "0001-96x64-2x.png is there already" in by_decode.stderr
     to_size = fluxsplit(*words, "--upscale-to", "160x120", cwd=tmp_path)
     assert [Path(line).name for line in to_size.stdout.splitlines()][2:] == [
         "0001-96x64-160x120.png",
@@ -363,6 +377,7 @@ def test_enlarged_copies_in_a_folder_are_not_rendered_or_encoded_once_more(tmp_p
         assert fluxsplit(*words, cwd=tmp_path).returncode == 0
     again = fluxsplit("rerender", "previews", "--scale", "1.5", cwd=tmp_path)
     assert [Path(line).name for line in again.stdout.splitlines()] == ["0001-96x96.png"], again.stderr
+    assert "1 enlarged copy is left out" in again.stderr
     encoded = fluxsplit("encode", "previews", cwd=tmp_path)
     assert [Path(line).name for line in encoded.stdout.splitlines()] == ["0001.pt"], encoded.stderr
 

@@ -22,7 +22,8 @@ def image(found: FoundRecipe, given: dict[str, Any], told: Told | None = None, v
 
 def test_what_is_assumed_is_named_with_its_flag() -> None:
     told = Told()
-    made = image(FOUND, {}, told)
+    made, _ = images_of(FOUND, {"count": 2}, "dev", {}, told)
+    assert len(set(told.assumed)) == len(told.assumed)
     assert (made.sampler, made.scheduler, made.cfg, made.steps) == ("euler", "simple", 1.0, None)
     text = "; ".join(told.assumed)
     assert all(flag in text for flag in ("--sampler", "--scheduler", "--steps", "--guidance")) and "--cfg" not in text

@@ -55,6 +55,7 @@ def test_keys_are_spelled_as_the_flags_or_with_underscores(home: dict[str, str],
         ("steps = 4", r"'steps' is out of place in .*; it belongs in \[sample\] or \[preview\]"),
         ("steps = 4", r"it belongs in \[sample\]"),
         ('[sample]\nprompt = "x"', "it belongs to one run"),
+        ("[rerender]\ncuont = 3", "did you mean count"),
         ("seed = 4", "it belongs to one run"),
         ("[sample]\nsteps = 4.5", "'steps' in .* is '4.5', not a whole number"),
         ("[sample]\nsteps = true", "not a whole number"),
@@ -81,6 +82,9 @@ def test_an_unknown_variable_is_refused(home: dict[str, str], tmp_path: Path) ->
     with pytest.raises(UsageError) as caught:
         defaults("sample", home | {"FLUXSPLIT_SIZE": "64x64"}, tmp_path)
     assert caught.value.hint == "it is FLUXSPLIT_SAMPLE_SIZE or FLUXSPLIT_PREVIEW_SIZE"
+    with pytest.raises(UsageError) as caught:
+        defaults("sample", home | {"FLUXSPLIT_RERENDER_COUNT": "3"}, tmp_path)
+    assert caught.value.hint.startswith("it belongs to one run")
     with pytest.raises(UsageError, match="FLUXSPLIT_SAMPLE_STEPS"):
         defaults("sample", home | {"FLUXSPLIT_SAMPLE_STEPS": "four"}, tmp_path)
 

@@ -30,6 +30,7 @@ from fluxsplit.png_text import read_png
 from fluxsplit.recipe import WeightsStamp
 from fluxsplit.stage_upscale import run
 from fluxsplit.state_dict import read_state_dict
+from fluxsplit.torch_file import ZIP_MAGIC
 from fluxsplit.upscale import Tiling, Upscaler, enlarge, enlarged_strips
 from fluxsplit.upscalers import PUBLISHED, choose
 from train_upscaler import as_published
@@ -453,7 +454,7 @@ def test_a_number_halves_what_a_larger_network_makes(weights: dict[str, Path], t
 def comfyui(folder: Path, *names: str) -> Path:
     (folder / "models" / "upscale_models" / "sub").mkdir(parents=True)
     for name in names:
-        (folder / "models" / "upscale_models" / name).write_bytes(b"x")
+        (folder / "models" / "upscale_models" / name).write_bytes(ZIP_MAGIC)
     return folder
 
 
