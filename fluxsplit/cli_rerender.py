@@ -63,7 +63,8 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
 def _tell_made(planned: _Planned, progress: Progress) -> None:
     """Say what is not made again; pictures that are there are results all the same."""
     for picture in planned.pictures:
-        tell_there(picture, str(_latent_of(Path(picture))), progress)
+        source = _latent_of(Path(picture))
+        tell_there(picture, str(source) if source.is_file() else "", progress)
     for latent in planned.latents:
         progress.note(f"{Path(latent).name} was finished before and is only decoded")
 

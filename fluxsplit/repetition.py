@@ -38,7 +38,8 @@ LEAST_SIDE_PX = 2 * VAE_FACTOR
 PHOTO_PIXELS = 1 << 20
 """What a picture that says nothing of itself is rendered at, if it is larger: where FLUX.1 draws best."""
 _CHANGES = ("prompt", "negative", "seed", "steps", "guidance", "cfg", "sampler", "scheduler", "shift", "sigmas")
-_KEEPING = ("keep", "strength", "fit", "low_frequency_guidance")
+_KEEPING = ("keep", "strength", "low_frequency_guidance")
+"""Not `fit`: at its own size there is nothing to fit."""
 _NEUTRAL = {"fit": FITS[0], "low_frequency_guidance": 0.0}
 """What asks for nothing."""
 
@@ -179,7 +180,8 @@ def keeping_of(found: FoundRecipe, given: Mapping[str, Any], size: tuple[int, in
         raise UsageError(
             f"--keep {keep} needs the noise that the picture was made of, which is not known here", "use --keep image"
         )
-    _check_useful(keep, given)
+    if asked is not None or keep != "seed":
+        _check_useful(keep, given)
     fit = check_choice("fit", given.get("fit", "stretch"), FITS)
     weight = given.get("low_frequency_guidance", defaults.LOW_FREQUENCY_GUIDANCE)
     check_range("low-frequency-guidance", weight, 0, 1)
@@ -206,8 +208,7 @@ def _strength(given: Mapping[str, Any]) -> float:
 def _default_keep(
     found: FoundRecipe, given: Mapping[str, Any], size: tuple[int, int], noise: tuple[NoiseGrid, ...], told: Told
 ) -> str:
-    asked = any(_asks(given, name) for name in _KEEPING if name != "fit")  # there is nothing to fit
-    if found.tool is not None and size == own_size(found) and not asked:
+    if found.tool is not None and size == own_size(found) and not any(_asks(given, name) for name in _KEEPING):
         return "seed"
     if noise or defaults.KEEP in ("seed", "image"):
         return defaults.KEEP

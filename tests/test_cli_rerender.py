@@ -79,7 +79,7 @@ def test_nothing_changed_repeats_every_setting(run: Run, home: Path) -> None:
     assert "seed 7" in ran.err and "nothing is changed" in ran.err
 
 
-@pytest.mark.parametrize("words", [["--fit", "stretch"], ["--low-frequency-guidance", "0"], ["--count", "1"]])
+@pytest.mark.parametrize("words", [["--fit", "centre"], ["--low-frequency-guidance", "0"], ["--count", "1"]])
 def test_a_flag_that_asks_for_nothing_changes_nothing(run: Run, home: Path, words: list[str]) -> None:
     (image,) = run("rerender", "--from", preview(home / "previews"), *words).images
     assert image["start"] is None and image["recorded_sigmas"] == [1.0, 0.4, 0.0]
@@ -293,7 +293,7 @@ def test_a_picture_of_another_tool_says_what_was_assumed(run: Run, home: Path) -
         (["--from", "previews/0007.png", "--keep", "seed", "--strength", "0.5"], "no effect"),
         (["--from", "previews/0007.png", "--keep", "noise", "--strength", "0.5"], "no effect"),
         (["--from", "previews/0007.png", "--upscale-tile", "64"], "no effect"),
-        (["--from", "previews/0007.png", "--fit", "centre"], "no effect"),
+        (["--from", "previews/0007.png", "--keep", "seed", "--fit", "centre"], "no effect"),
         (["--from", "previews/0007.png", "--upscale", "bare.png"], "neither safetensors nor"),
         (["--from", "previews/0007.png", "--count", "0"], "outside 1.."),
         (["--from", "previews/0007.png", "--sigmas", "0.9,0.5,0", "--strength", "0.5"], "drop --strength"),
