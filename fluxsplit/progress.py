@@ -100,9 +100,11 @@ class Progress:
         self.failures += 1
         if self._json_lines:
             self._answer(json.dumps({"failed": item, "message": message, "hint": hint}))
-        name = item.replace("\\", "/").rpartition("/")[2]
-        if name and message.startswith(name):  # the longer name says more
-            told = item + message[len(name) :]
+        parts = item.replace("\\", "/").split("/")
+        ends = ("/".join(parts[at:]) for at in range(len(parts)))
+        named = next((end for end in ends if end and message.startswith(end)), "")
+        if named:  # the longer name says more
+            told = item + message[len(named) :]
         else:
             told = message if not item or item in message else f"{item}: {message}"
         self._line(f"fluxsplit: {told}; {hint}" if hint else f"fluxsplit: {told}")
