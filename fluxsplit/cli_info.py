@@ -24,9 +24,9 @@ def run_info(files: list[str], json: bool, form: str | None) -> int:
     if form is not None and form not in FORMS:
         raise UsageError(f"--as {form} is not one of {', '.join(FORMS)}")
     failures, found = 0, dict[Path, None]()
-    for name in files or ("",):
+    for name in files:
         try:
-            found.update(dict.fromkeys(gather_files([name] if name else [], _in_folder, "file to tell of")))
+            found.update(dict.fromkeys(gather_files([name], _in_folder, "file to tell of")))
         except FluxsplitError as error:
             if len(files) < 2:
                 raise

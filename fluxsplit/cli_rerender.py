@@ -264,14 +264,14 @@ def _decode(
 
 
 def _show(planned: _Planned, as_json: bool, progress: Progress) -> int:
-    from fluxsplit.dry_run import plan_json, print_plan  # noqa: PLC0415
+    from fluxsplit.dry_run import show_plan  # noqa: PLC0415
 
     there = [*planned.pictures, *planned.latents]
     for path in there:
         progress.note(f"{Path(path).name} is there already, made with these settings")
     for plan in planned.plans:
         durable.check_folder(plan.out)
-        print(plan_json(plan, there=there)) if as_json else print_plan(plan)
+        show_plan(plan, as_json, there=there)
     if as_json and not planned.plans:
         print(json.dumps({"images": [], "there": there}))
     return 1 if progress.failures else 0

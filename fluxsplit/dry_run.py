@@ -96,9 +96,9 @@ def memory_plan(plan: Plan) -> tuple[MemoryPlan, DeviceInfo, Model]:
     return plan_memory(model, work, device, budget_bytes(plan.vram, device), event["dtype"]), device, model
 
 
-def show_plan(plan: Plan, as_json: bool) -> None:
-    """The plan on stdout, as one line of JSON or as tables."""
-    print(plan_json(plan)) if as_json else print_plan(plan)
+def show_plan(plan: Plan, as_json: bool, **more: Any) -> None:
+    """The plan on stdout, as one line of JSON with `more` or as tables."""
+    print(plan_json(plan, **more)) if as_json else print_plan(plan)
 
 
 def plan_json(plan: Plan, **more: Any) -> str:

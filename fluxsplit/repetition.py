@@ -148,7 +148,7 @@ def new_size(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[
     if not (math.isfinite(scale) and 0 < scale <= MAX_SCALE):
         raise UsageError(f"--scale {scale:g} is not above 0 and up to {MAX_SCALE:g}")
     if min(width, height) * scale < LEAST_SIDE_PX:
-        hint = f"the smallest is {LEAST_SIDE_PX / min(width, height):.2g}"
+        hint = f"the smallest is {math.ceil(1000 * LEAST_SIDE_PX / min(width, height)) / 1000:g}"
         raise UsageError(f"--scale {scale:g} of {width}x{height} is less than {LEAST_SIDE_PX} a side", hint)
     return _rounded(width, height, scale, told)
 

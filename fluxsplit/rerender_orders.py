@@ -63,9 +63,10 @@ def read_orders(sources: Sequence[Path], values: Mapping[str, Any], progress: Pr
             failures.append((source, error))
     if len(failures) == len(sources) and len({error.line() for _, error in failures}) == 1:
         source, first = failures[0]
-        if len(sources) > 1 or source.name in first.message:
+        if source.name in first.message:
             raise first
-        raise type(first)(f"{source.name}: {first.message}", first.hint) from None
+        who = source.name if len(sources) == 1 else f"each of {len(sources)} pictures"
+        raise type(first)(f"{who}: {first.message}", first.hint) from None
     for source, failure in failures:
         progress.failed(absolute(source), failure.message, failure.hint)
     return orders

@@ -302,15 +302,12 @@ def one_budget(args: argparse.Namespace, cap_bytes: int, floor: dict[str, Any]) 
     """One run of the stage, on a CPU between two of its products alone."""
     if args.cold:
         drop_from_cache(args.path)
-    before = floor_of(args, "--products") if is_cpu(args) else {}
+    before = floor_of(args, "--products") if is_cpu(args) else floor
     with tempfile.TemporaryDirectory() as folder:
         seen = watch_stage(args, cap_bytes, Path(folder))
-    if is_cpu(args):
-        compute_s = [before["compute_s"], floor_of(args, "--products")["compute_s"]]
-        floor = {**floor, "compute_s": mean(compute_s)}
-        found = {**row(args, cap_bytes, seen, floor), "products_s": compute_s}
-    else:
-        found = row(args, cap_bytes, seen, floor)
+    after = floor_of(args, "--products") if is_cpu(args) else floor
+    products_s = [before["compute_s"], after["compute_s"]]
+    found = row(args, cap_bytes, seen, floor | {"compute_s": mean(products_s)}) | {"products_s": products_s}
     print(f"cap {cap_bytes / GB:g} GB: {found}", file=sys.stderr)
     return found
 

@@ -57,10 +57,10 @@ def test_where_it_failed_is_told_who_asks() -> None:
     assert shown([event], debug=True)[2] == "fluxsplit: a.pt: broken\nTraceback:\n  line 7\n"
 
 
-@pytest.mark.parametrize("named", ["a.pt", "in/a.pt", "/work/in/a.pt"])
+@pytest.mark.parametrize("named", ["a.pt", "in/a.pt", "/models/in/a.pt"])
 def test_a_name_is_told_once_and_in_full(named: str) -> None:
-    event = {"event": "failed", "item": "/work/in/a.pt", "message": f"{named} does not exist"}
-    assert shown([event])[2] == "fluxsplit: /work/in/a.pt does not exist\n"
+    event = {"event": "failed", "item": "/models/in/a.pt", "message": f"{named} does not exist"}
+    assert shown([event])[2] == "fluxsplit: /models/in/a.pt does not exist\n"
 
 
 def test_what_failed_is_not_counted_as_done() -> None:
