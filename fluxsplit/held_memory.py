@@ -20,16 +20,18 @@ CPU_BASE_BYTES = 435_000_000
 """Anonymous memory of a stage besides its matrices and activations: the interpreter, torch and diffusers."""
 PACKED = {4: 1.2, 2: 1.4}
 """Memory of the matrix that a CPU multiplies with, in matrices: products pack a part of it anew; fitted."""
-CARD_BASE_BYTES = 265_000_000
-"""Of the allocator on a card: libraries' workspaces and rounding; measured on an H200 and an H100, and some more: where
-the budget is a little short, the allocator gives memory back and takes it again in every step, which takes longer."""
+CARD_BASE_BYTES = 95_000_000
+"""Of the allocator on a card: libraries' workspaces, and some more: where the budget is a little short, the allocator
+gives memory back and takes it again in every step, which takes longer."""
 SCORE_VALUE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}
 """Of a score in attention by chunks, which `attention` forms in fp32 where the dtype has too few digits."""
 SCORE_BYTES = 256_000_000
 """Largest piece of a score matrix where attention is computed in chunks of queries."""
-_ACTIVATION, _CARD_ACTIVATION = {4: 94.0, 2: 54.0}, {4: 58.0, 2: 29.0}
-"""Bytes for each token and hidden channel that a forward holds at its widest, by the compute dtype's size. A card's
-allocator finds a place for what a CPU's leaves as holes; 16 bits measured on an H200, fp32 taken as twice that."""
+_ACTIVATION = {4: 94.0, 2: 54.0}
+"""Bytes for each token and hidden channel that a forward holds at its widest on a CPU, by the compute dtype's size."""
+_CARD_ACTIVATION, _CARD_FORWARD_BYTES = {4: 70.4, 2: 35.2}, {4: 180_000_000, 2: 90_000_000}
+"""The same on a card, and what it reserves besides, however few tokens: what its allocator reserved on an H200 in bf16,
+with 512, 1,280, 4,504 and 16,640 tokens, less what else was there. fp32 is taken as twice that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def held_memory(model: Model, work: Work, device: DeviceInfo, dtype: str, togeth
     return Held(
         base_bytes=(CPU_BASE_BYTES if on_cpu else CARD_BASE_BYTES + model.small_bytes) + model.small_elements * size,
         scratch_bytes=_scratch_bytes(model, size, on_cpu),
-        activation_bytes=_activation_bytes(model, tokens[0], dtype, chunk, _ACTIVATION if on_cpu else _CARD_ACTIVATION),
+        activation_bytes=_activation_bytes(model, tokens[0], dtype, chunk, on_cpu),
         state_bytes=state,
         query_chunk=chunk,
         before_bytes=0 if on_cpu else 2 * model.modulation_block_bytes,
@@ -73,8 +75,10 @@ def _scratch_bytes(model: Model, size: int, on_cpu: bool) -> int:
     return int(min(largest_bytes, CPU_PIECE_BYTES) * PACKED[size]) if on_cpu else largest_bytes
 
 
-def _activation_bytes(model: Model, tokens: int, dtype: str, chunk: int | None, widest: dict[int, float]) -> int:
-    held = int(tokens * model.hidden * widest[DTYPE_BYTES[dtype]])
+def _activation_bytes(model: Model, tokens: int, dtype: str, chunk: int | None, on_cpu: bool) -> int:
+    size = DTYPE_BYTES[dtype]
+    held = int(tokens * model.hidden * (_ACTIVATION if on_cpu else _CARD_ACTIVATION)[size])
+    held += 0 if on_cpu else _CARD_FORWARD_BYTES[size]
     if chunk is None:
         return held
     widened = tokens * model.hidden * SCORE_VALUE_BYTES[dtype] if dtype == "bf16" else 0  # the keys

@@ -27,7 +27,7 @@ MAX_TOGETHER = 16
 """Pictures in one pass: with so many, what is streamed hardly counts any more."""
 PIECE_BYTES, ONCE_PIECE_BYTES = 16 << 20, 8 << 20
 """Pinned RAM of each thread that reads, for a card's blocks and before the steps; powers of two, as torch makes it."""
-MAX_READERS, OTHERS = 6, 2
+MAX_READERS, OTHERS = 8, 2
 """Threads that read for a card, at most, and cores that are left to who computes and to the system."""
 ALIGN_BYTES = 256
 """Every block's memory on a card, and every matrix's in it, begins at a multiple of this."""
@@ -37,8 +37,9 @@ PIECES = 2
 """Of each reader, at least: the card fetches one while the other is filled."""
 LEFT_ALONE = 0.02
 """Of a budget, where what it leaves lets blocks come further ahead."""
-STAGED_BLOCKS = 2
-"""For which there is pinned RAM: one is read while the card fetches the other."""
+STAGED_BLOCKS = 3
+"""For which there is pinned RAM: one is read while the card fetches another, and one more for the blocks that take the
+bus longer than they take to be computed, which come one after the other."""
 FRAGMENTED = 0.06
 """What torch's allocator reserves besides what it is asked for, as a share of it, where its segments cannot grow: 13.26
 GB for a plan of 12.64, measured on an H200."""
@@ -114,7 +115,8 @@ class MemoryPlan:
 def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int, dtype: str) -> MemoryPlan:
     """The plan that is fastest within the budget; raises UsageError, with the smallest that works, if there is none.
 
-    Pure arithmetic: the same arguments give the same plan.
+    That is the one which moves the fewest bytes for each picture: one block more that streams may be worth it where
+    more pictures advance together for it. Pure arithmetic: the same arguments give the same plan.
     """
     count = len(work.sizes)
     least = _plan(model, work, device, 0, dtype, 1, tuple(range(len(model.blocks))), 1)
@@ -125,13 +127,21 @@ def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int,
             f"{largest[0]}x{largest[1]} needs at least {least.peak_bytes / 1e6:,.0f} MB, the budget is {given}",
             f"give --vram {need} or more, or a smaller --size",
         )
+    best: MemoryPlan | None = None
+    most = min(count, MAX_TOGETHER)
     for streamed, slots in _choices(model, device, budget_bytes, least):
-        alone = not streamed
-        for together in [1] if alone else range(min(count, MAX_TOGETHER), 0, -1):
+        if best is not None and slots == 1:
+            break
+        for together in range(most if streamed else 1, 0, -1):
             plan = _plan(model, work, device, budget_bytes, dtype, together, streamed, slots)
-            if plan.peak_bytes <= budget_bytes and (alone or together >= min(count, 2) or slots == 1):
-                return _with_smallest(plan, least.peak_bytes)
-    return _with_smallest(_plan(model, work, device, budget_bytes, dtype, 1, least.streamed, 1), least.peak_bytes)
+            if plan.peak_bytes <= budget_bytes:
+                if best is None or plan.streamed_bytes / together < best.streamed_bytes / best.together:
+                    best = plan
+                break
+        if best is not None and (not streamed or best.together == most):
+            break  # all that follow stream more
+    assert best is not None, "the last choice is what the smallest budget was worked out for"
+    return _with_smallest(best, least.peak_bytes)
 
 
 def readers_of(device: DeviceInfo) -> int:

@@ -2,14 +2,14 @@
 
 Pieces take turns. One is filled with what the page cache or the disk holds of the file, as `background_reads` does it;
 its copies to the card begin when it is full and it is known where they go; as soon as they have ended it can be filled
-again. All of them together hold about two blocks, so that those that come next are read while others are computed.
+again. All of them together hold about three blocks, so that those that come next are read while others are computed.
 Neither a second file nor the model in RAM is made on the way. Whoever computes does all of this in between, from one
 thread: there is nothing to lock, and blocks leave for the card in the order in which they were begun.
 
-Where reading takes more than a quarter of the time, it takes memory's bandwidth and processors from whoever computes,
-or is too slow already. Blocks are then pinned in the page cache, one after the other until it is less: the card fetches
-those by itself, and they cost neither a copy nor memory of ours, but for the run their pages cannot be dropped from
-RAM. So only some of them may be, which the plan has spread among the others: while those cross the bus reading goes on.
+Where the card comes to wait for reads, they are too slow for it, and take memory's bandwidth from whoever computes.
+Blocks are then pinned in the page cache: the card fetches those by itself, and they cost neither a copy nor memory of
+ours, but for the run their pages cannot be dropped from RAM. So only some of them may be, which the plan has spread
+among the others: while those cross the bus reading goes on. A card that takes seconds for a step never gets there.
 They have a stream of their own, since they may set off while one that comes before them is still being read.
 """
 
@@ -27,8 +27,10 @@ from fluxsplit.background_reads import Read, reads_by
 from fluxsplit.pinned import FilePins, pinned_ram
 from fluxsplit.weights import Span, WeightFiles
 
-BUSY = 0.25
-"""Share of the time for which reading may go on."""
+LATE_BLOCKS = 3
+"""That the card has waited for before any is pinned: one may be an accident."""
+LATE_S = 0.0005
+"""For how long it did, at least."""
 MAX_GAP_BYTES = 1 << 20
 """Between two runs that share a piece: biases and norms, which lie among the matrices of a file."""
 
@@ -107,7 +109,7 @@ class Reader:
         """`streams` are a card's: for what is read and for what is pinned."""
         self.streams = streams
         self._files, self._piece_bytes = files, piece_bytes
-        self._pins, self._since_s = FilePins(files), time.perf_counter()
+        self._pins, self._late = FilePins(files), 0
         self.reads = reads_by(threads)
         self._queued: deque[_Part] = deque()
         self._reading: deque[tuple[_Part, _Piece, Read]] = deque()
@@ -140,12 +142,13 @@ class Reader:
             self._fetch(filling, filling.pinned)
         self._go_on()
 
-    def wait(self, filling: Filling) -> None:
+    def wait(self, filling: Filling, computed: torch.cuda.Event | None = None) -> None:
         """Until all its copies are given to a stream, or made where there is none: then `arrived` is set.
 
-        Raises FluxsplitError where the bytes cannot be read.
+        `computed` is the end of what the card has been given to compute. Raises FluxsplitError where the bytes cannot
+        be read.
         """
-        left, waited_s = filling.left, 0.0
+        waited_s = 0.0
         while filling.left:
             if self._reading:
                 began_s = time.perf_counter()
@@ -156,18 +159,10 @@ class Reader:
                 assert copied is not None
                 copied.synchronize()
             self._go_on()
-        if filling.pinned is None:
-            self._judge(filling, waited_s * filling.parts / max(1, left))
-
-    def _judge(self, filling: Filling, read_s: float) -> None:
-        """Pin what took so long to read where that is too much of the time since the last one.
-
-        It is known as far as somebody waited for it: while one does, bytes come as fast as they can be read.
-        """
-        passed_s = time.perf_counter() - self._since_s
-        if filling.pinnable and read_s >= BUSY * passed_s:
-            self._pins.add([run.span for run in filling.runs])
-        self._since_s = time.perf_counter()  # what pinning took is not to count
+        if filling.pinnable and filling.pinned is None:
+            self._late += waited_s >= LATE_S and (computed is None or computed.query())
+            if self._late >= LATE_BLOCKS:
+                self._pins.add([run.span for run in filling.runs])
 
     def close(self) -> None:
         """Let everything end that has begun; no more is brought in."""

@@ -218,7 +218,7 @@ class Streaming:
 
     def _wait(self, filling: Filling, layout: Layout) -> None:
         """Until all is read; what is computed from now on waits on the device for the copies."""
-        self._reader.wait(filling)
+        self._reader.wait(filling, computed=self._now())
         self._files.check_unchanged()
         if filling.arrived is not None:
             torch.cuda.current_stream(self._device).wait_event(filling.arrived)

@@ -142,7 +142,7 @@ def test_whatever_a_card_does_first_no_byte_is_read_too_early_or_written_too_soo
     path: Path, ahead: bool, slots: int, monkeypatch: pytest.MonkeyPatch, pins: list[int]
 ) -> None:
     """Every order that the events allow: a computation sees the block it was given, as often as it is brought in."""
-    monkeypatch.setattr(reader, "BUSY", 0.0)  # always
+    monkeypatch.setattr(reader, "LATE_BLOCKS", 0)  # always
     for seed in range(24):
         monkeypatch.setattr(background_reads, "_works", lambda seed=seed: bool(seed % 5))
         card = Card(monkeypatch, seed)
@@ -202,7 +202,7 @@ def test_where_the_driver_refuses_a_pin_nothing_is_lost(
     Card(monkeypatch, at_once=True)
     flux, _ = load(path)
     wanted = flux.velocities(forwards(text))
-    monkeypatch.setattr(reader, "BUSY", 0.0)
+    monkeypatch.setattr(reader, "LATE_BLOCKS", 0)
     answers = iter([True, False])
     monkeypatch.setattr(pinned, "pin", lambda memory, read_only: next(answers))
     unpinned: list[int] = []
@@ -254,13 +254,13 @@ def test_a_card_is_read_for_by_as_many_threads_whether_blocks_take_turns_or_not(
 
 
 @pytest.mark.parametrize(
-    ("computed_s", "read_s", "pinned"),
-    [(1.0, 0.0, 0), (1.0, 0.2, 0), (1.0, 0.4, BLOCKS), (0.0, 0.2, BLOCKS)],
+    ("read_s", "is_idle", "pinned"),
+    [(0.0, True, 0), (0.0004, True, 0), (0.0006, True, BLOCKS - 2), (0.0006, False, 0)],
 )
-def test_what_is_pinned_is_what_comes_too_late(
-    path: Path, computed_s: float, read_s: float, pinned: int, monkeypatch: pytest.MonkeyPatch, pins: list[int]
+def test_what_is_pinned_is_what_a_card_waits_for_again_and_again(
+    path: Path, read_s: float, is_idle: bool, pinned: int, monkeypatch: pytest.MonkeyPatch, pins: list[int]
 ) -> None:
-    """By a clock that goes on while a block is computed, and while one waits for it to be read."""
+    """By a clock that goes on while one waits for a block to be read: from the third on, in the second pass."""
     Card(monkeypatch, at_once=True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     now_s = 0.0
@@ -286,6 +286,12 @@ def test_what_is_pinned_is_what_comes_too_late(
         def close(self) -> None:
             pass
 
+    class Computed:
+        def query(self) -> bool:
+            return is_idle
+
+    wait = reader.Reader.wait
+    monkeypatch.setattr(reader.Reader, "wait", lambda self, filling, computed: wait(self, filling, Computed()))  # type: ignore[arg-type]
     monkeypatch.setattr(reader, "reads_by", Slow)
     monkeypatch.setattr(time, "perf_counter", lambda: now_s)
     flux, files = load(path)
@@ -293,8 +299,9 @@ def test_what_is_pinned_is_what_comes_too_late(
     loader = Streaming(flux.blocks, files, CPU, as_card=True, **how)
     for number in 2 * [*range(BLOCKS)]:
         with loader.brought_in(number):
-            now_s += computed_s
-    assert len(loader._reader._pins._parts) == sum(len(loader._runs[number]) for number in range(pinned))
+            pass
+    late = range(BLOCKS - pinned, BLOCKS)
+    assert len(loader._reader._pins._parts) == sum(len(loader._runs[number]) for number in late)
     loader.close()
     assert not pins
 
@@ -587,7 +594,7 @@ def test_on_a_card_streamed_is_resident_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With pieces so small that every matrix takes several, over several passes; the last from pinned pages."""
-    monkeypatch.setattr(reader, "BUSY", 0.0)
+    monkeypatch.setattr(reader, "LATE_BLOCKS", 0)
     card = torch.device("cuda", 0)
 
     def velocities(**options: Any) -> list[torch.Tensor]:
