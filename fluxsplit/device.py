@@ -101,6 +101,7 @@ def device_info(device: torch.device) -> DeviceInfo:
             ram_bytes=free,
             cores=cores,
             processor_cores=cores,
+            tile_products=torch.cpu._is_amx_tile_supported(),
         )
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for what comes next

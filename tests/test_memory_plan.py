@@ -190,6 +190,16 @@ def test_pictures_advance_together_where_something_streams() -> None:
     assert len(six[0].streamed) == len(six[1].streamed) + 1, "one more streams, for which eight advance and not six"
 
 
+def test_a_cpu_that_multiplies_by_tiles_needs_more_in_16_bits_alone() -> None:
+    def more_bytes(dtype: str) -> int:
+        tiles = replace(CPU, tile_products=True)
+        return plan(8, device=tiles, dtype=dtype).peak_bytes - plan(8, device=CPU, dtype=dtype).peak_bytes
+
+    assert more_bytes("fp32") == 0
+    assert more_bytes("bf16") == 25_000_000 + 12 * 4504 * 3072
+    assert plan(8, device=replace(CARD, tile_products=True)) == plan(8)
+
+
 def test_seconds_are_those_of_the_slowest_way() -> None:
     fast = replace(CARD, bus_bytes_per_s=1e12)
     slow = replace(CARD, bus_bytes_per_s=1e9)
