@@ -12,38 +12,19 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import json
-import math
-import struct
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
-import synthetic_checkpoint
 from fluxsplit import pinned, reader
 from fluxsplit.weights import WeightFile
 
 AHEAD = 3
 """Blocks that the host may have launched before the card has computed the first of them: its queue has an end."""
-
-
-def write_empty_flux(path: Path) -> None:
-    """A weight file of FLUX.1-schnell in float8 whose every byte is zero, and a hole."""
-    header, at = {}, 0
-    for name, shape in synthetic_checkpoint.flux_shapes(synthetic_checkpoint.Dimensions()).items():
-        code, size = ("F8_E4M3", 1) if len(shape) == 2 else ("BF16", 2)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [at, at + math.prod(shape) * size]}
-        at += math.prod(shape) * size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + at)
 
 
 @dataclass(frozen=True)

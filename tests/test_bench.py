@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from headers import write
 from simulated_card import Card
 from small_flux import write_flux
 
@@ -26,22 +25,9 @@ from fluxsplit.transformer import Flux
 from fluxsplit.weights import WeightFiles
 
 
-def header_only(path: Path, shapes: synthetic_checkpoint.Shapes) -> Path:
-    """A weight file of the true size that takes no room: its bytes were never written."""
-    header, at = {}, 0
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [at, at + math.prod(shape)]}
-        at += math.prod(shape)
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + at)
-    return path
-
-
 def test_the_products_of_a_full_step_are_those_that_others_counted(tmp_path: Path) -> None:
     dimensions = synthetic_checkpoint.Dimensions(dev=True)
-    path = header_only(tmp_path / "dev.safetensors", synthetic_checkpoint.flux_shapes(dimensions))
+    path = write(tmp_path / "dev.safetensors", synthetic_checkpoint.flux_shapes(dimensions), "F8_E4M3")
     counts = bench_floor.products(checkpoint.part(path, "transformer"), image_tokens=4096, text_tokens=512)
     tflop = sum(2 * math.prod(shape) * count for shape, count in counts.items()) / 1e12
     assert tflop == pytest.approx(59.5, rel=2e-3)  # 59,523 GFLOP in diffusers' published profile at 1024x1024

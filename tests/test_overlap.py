@@ -9,8 +9,10 @@ from statistics import median
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel  # noqa: F401  before our rooms, as conftest.py has it believe in accelerate
-from simulated_time import H200, Machine, Speed, write_empty_flux
+from headers import write
+from simulated_time import H200, Machine, Speed
 
+import synthetic_checkpoint
 from fluxsplit import checkpoint
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import plan_memory
@@ -40,9 +42,8 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "flux.safetensors"
-    write_empty_flux(path)
-    return path
+    shapes = synthetic_checkpoint.flux_shapes(synthetic_checkpoint.Dimensions())
+    return write(tmp_path_factory.mktemp("weights") / "flux.safetensors", shapes, "F8_E4M3")
 
 
 def run(
