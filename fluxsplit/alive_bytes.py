@@ -32,7 +32,7 @@ def peak_pixel_bytes(network: Any) -> float:
         with contextlib.suppress(Exception):  # one that asks for values, or for what this machine has not
             model = make(network.model)
             probe = torch.zeros(1, network.input_channels, side, side, device=device)
-            with torch.inference_mode(), _AliveBytes() as alive:
+            with torch.inference_mode(), AliveBytes() as alive:
                 model(probe)
             return float(alive.peak_bytes / side**2)
     return UNKNOWN_PIXEL_BYTES
@@ -50,7 +50,7 @@ def _on_meta(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, dict(empty))
 
 
-class _AliveBytes(TorchDispatchMode):
+class AliveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operations make, for as long as anything refers to them."""
 
     def __init__(self) -> None:

@@ -80,21 +80,37 @@ class StoredLinear(nn.Module):
     def each(self, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What `forward` gives for every one of `xs`, all of one dtype and device, by one expansion of the matrix."""
         self._check()
-        x, count = xs[0], self.stored.shape[0]
-        if self.stored.dtype == x.dtype and self.stored.device == x.device and self.scale in (None, 1.0):
+        x = xs[0]
+        if self._is_ready(x):
             return [F.linear(x, self.stored, self.bias) for x in xs]
-        rows = self._scratch.rows(self.stored.shape, x.dtype)
-        if rows == count:
+        if self._scratch.rows(self.stored.shape, x.dtype) == self.stored.shape[0]:
             matrix = self._expanded_rows(self.stored, x, self._factor)
             return [F.linear(x, matrix, self.bias) for x in xs]
-        outs = [x.new_empty(*x.shape[:-1], count) for x in xs]
-        power = self._power(x)
-        for start in range(0, count, rows):
+        outs = [x.new_empty(*x.shape[:-1], self.stored.shape[0]) for x in xs]
+        self._by_pieces(xs, outs)
+        return outs
+
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what `forward` gives to out [..., out], which may be some columns of a wider tensor."""
+        self._check()
+        if self._is_ready(x):
+            _multiply(x, self.stored, self.bias, 1.0, out)
+        else:
+            self._by_pieces([x], [out])
+
+    def _is_ready(self, x: torch.Tensor) -> bool:
+        """Whether the matrix can be multiplied with as it is stored."""
+        return self.stored.dtype == x.dtype and self.stored.device == x.device and self.scale in (None, 1.0)
+
+    def _by_pieces(self, xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+        """Expand some rows of the matrix at a time, all if there is room, and multiply with them."""
+        x = xs[0]
+        rows, power = self._scratch.rows(self.stored.shape, x.dtype), self._power(x)
+        for start in range(0, self.stored.shape[0], rows):
             piece = slice(start, start + rows)
             matrix, bias = self._expanded_rows(self.stored[piece], x, self._factor / power), self.bias
             for x, out in zip(xs, outs, strict=True):
                 _multiply(x, matrix, None if bias is None else bias[piece], power, out[..., piece])
-        return outs
 
     @property
     def _factor(self) -> float:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from fluxsplit.attention import rotations, use_attention
+from fluxsplit.blocks import through_double, through_single
 from fluxsplit.checkpoint import Part, variant_of
 from fluxsplit.conditioning import Conditioning
-from fluxsplit.diffusers_models import FluxTransformer2DModel
+from fluxsplit.diffusers_models import FluxTransformer2DModel, FluxTransformerBlock
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.held_memory import CPU_PIECE_BYTES
 from fluxsplit.loading import EveryBlockThere, Loader
@@ -57,15 +58,17 @@ class _Stream:
     grid: tuple[int, int]  # rows and columns of tokens
     latent_size: tuple[int, int]  # height and width before padding
     modulations: list[Rows] | None  # of every block, where they were computed before
+    joined: torch.Tensor | None = None  # [1, T + N, D], where both are one
 
     def through(self, block: torch.nn.Module) -> None:
-        self.text, self.image = block(
-            hidden_states=self.image, encoder_hidden_states=self.text, temb=self.temb, image_rotary_emb=self.rope
-        )
-        # diffusers clips all in single blocks, only the text in double ones; in place, as two views of one tensor would
-        # become two tensors
-        if self.image.dtype == torch.float16:
-            self.image.clip_(-65504, 65504)
+        """Text and image stay apart in double blocks, and are two views of one tensor from the first single one on."""
+        if isinstance(block, FluxTransformerBlock):
+            through_double(block, self.image, self.text, self.temb, self.rope)
+            return
+        if self.joined is None:
+            tokens, self.joined = self.text.shape[1], torch.cat([self.text, self.image], dim=1)
+            self.text, self.image = self.joined[:, :tokens], self.joined[:, tokens:]
+        through_single(block, self.joined, self.temb, self.rope)
 
     def is_finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in (self.image, self.text, self.temb))

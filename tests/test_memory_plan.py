@@ -185,7 +185,8 @@ def test_pictures_advance_together_where_something_streams() -> None:
     assert 0 <= plan(4, eight).streamed_bytes - alone.streamed_bytes <= SINGLE, "what they hold is one block's room"
     assert plan(24, eight).together == 1, "one after the other where nothing is gained"
     assert plan(7, Work(((512, 512),) * 100, 256)).together == 16
-    six = plan(6, eight), plan(6, replace(eight, sizes=eight.sizes[:6]))
+    larger = Work(((1024, 1024),) * 8, 256)
+    six = plan(6, larger), plan(6, replace(larger, sizes=larger.sizes[:6]))
     assert [got.together for got in six] == [8, 6]
     assert len(six[0].streamed) == len(six[1].streamed) + 1, "one more streams, for which eight advance and not six"
 
