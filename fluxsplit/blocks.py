@@ -18,7 +18,8 @@ from torch import nn
 from fluxsplit.stored_layers import StoredLinear
 
 FP16_LIMIT = 65504
-"""Flux's states grow out of fp16. diffusers clips all in single blocks, only the text in double ones; here all are."""
+"""Flux's states grow out of fp16. diffusers clips all of them at the end of single blocks, only the text at that of double
+ones; here they are clipped wherever something is added to them."""
 
 
 def through_double(block: Any, image: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rope: torch.Tensor) -> None:
@@ -30,9 +31,9 @@ def through_double(block: Any, image: torch.Tensor, text: torch.Tensor, temb: to
     text_in, text_gate, *text_mlp = block.norm1_context(text, emb=temb)
     image_out, text_out = block.attn(hidden_states=image_in, encoder_hidden_states=text_in, image_rotary_emb=rope)
     del image_in, text_in
-    for states, attended, gate in ((image, image_out, image_gate), (text, text_out, text_gate)):
-        states.add_(attended.mul_(gate[:, None]))
-    del image_out, text_out, attended
+    _add(image, image_out, image_gate)
+    _add(text, text_out, text_gate)
+    del image_out, text_out
     _mlp(image, block.norm2, block.ff, *image_mlp)
     _mlp(text, block.norm2_context, block.ff_context, *text_mlp)
 
@@ -63,7 +64,7 @@ def _mlp(
 
 
 def _add(states: torch.Tensor, made: torch.Tensor, gate: torch.Tensor) -> None:
-    """The end of a block; `made` is not needed afterwards."""
+    """Gate what was made and add it to the states; `made` is not needed afterwards."""
     states.add_(made.mul_(gate[:, None]))
     if states.dtype == torch.float16:
         states.clip_(-FP16_LIMIT, FP16_LIMIT)

@@ -52,10 +52,10 @@ def flux_of(path: Path, dtype: torch.dtype, device: torch.device = CPU, chunk: i
     return flux
 
 
-def given(flux: Flux, rows: int = 6, columns: int = 5, size: float = 1.0) -> Given:
+def given(flux: Flux, rows: int = 6, columns: int = 5) -> Given:
     random, width = torch.Generator().manual_seed(5), flux.module.inner_dim
     image, text, temb = (
-        (torch.randn(shape, generator=random) * size).to(flux.device, flux.dtype)
+        torch.randn(shape, generator=random).to(flux.device, flux.dtype)
         for shape in ((1, rows * columns, width), (1, TEXT, width), (1, width))
     )
     return Given(image, text, temb, rotations(*flux.module.pos_embed(flux._ids(TEXT, rows, columns))))

@@ -95,7 +95,7 @@ def test_a_step_takes_what_computing_takes_on_the_fastest_card(
 
 
 @pytest.mark.parametrize("kind", ["cuda", "hip"])
-@pytest.mark.parametrize("budget_gb", [8, 4, 2])
+@pytest.mark.parametrize("budget_gb", [7.5, 4, 2])
 @pytest.mark.parametrize("compute_s", [3.8, 1.2])
 def test_a_desktop_only_computes_and_pins_nothing(
     path: Path, budget_gb: float, compute_s: float, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +103,7 @@ def test_a_desktop_only_computes_and_pins_nothing(
     """1152x944 and 512x512."""
     speed = replace(DESKTOP, compute_s=compute_s)
     seen = run(path, Machine(monkeypatch, speed), budget_gb, kind=kind, cores=6)
-    assert seen.streamed_bytes > 1.4 * GB
+    assert seen.streamed_bytes > 1.5 * GB
     assert seen.step_s <= 1.02 * compute_s
     assert not seen.pinned_bytes
 
@@ -117,5 +117,5 @@ def test_a_slow_bus_is_never_idle(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_reading_ahead_little_is_hidden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock can tell one from the other."""
-    seen = run(path, Machine(monkeypatch, H200), 2, ahead=False)
-    assert seen.step_s > 1.3 * H200.compute_s
+    seen = run(path, Machine(monkeypatch, H200), 1.5, ahead=False)
+    assert seen.step_s > 1.4 * H200.compute_s
