@@ -18,8 +18,8 @@ from torch import nn
 from fluxsplit.stored_layers import StoredLinear
 
 FP16_LIMIT = 65504
-"""Flux's states grow out of fp16. diffusers clips all of them at the end of single blocks, only the text at that of double
-ones; here they are clipped wherever something is added to them."""
+"""Flux's states grow out of fp16. diffusers clips all of them at the end of single blocks, only the text at that of
+double ones; here they are clipped wherever something is added to them."""
 
 
 def through_double(block: Any, image: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rope: torch.Tensor) -> None:
