@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fluxsplit import fp8
+from fluxsplit import compiled_expansion, fp8
 from fluxsplit.errors import FluxsplitError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 E4M3, E5M2 = fp8.FLOAT8
 CPU = torch.device("cpu")
+EXPANDED_BY = [compiled_expansion.expand_into, fp8._by_integers, fp8._by_table, fp8._by_cast]
+COMPILED = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """No loop is left over, before and after."""
+    compiled_expansion._loop.cache_clear()
+    yield
+    compiled_expansion._loop.cache_clear()
+
+
+def expands_to(method: fp8._Method, dtype: torch.dtype) -> bool:
+    return dtype in COMPILED or method is not compiled_expansion.expand_into
 
 
 def all_codes(float8: torch.dtype) -> torch.Tensor:
@@ -31,13 +47,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("float8", fp8.FLOAT8, ids=str)
-@pytest.mark.parametrize("method", [fp8._by_integers, fp8._by_table, fp8._by_cast], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("method", EXPANDED_BY, ids=lambda m: m.__name__)
 def test_every_finite_code_is_what_torch_casts_it_to(
     method: fp8._Method, float8: torch.dtype, dtype: torch.dtype
 ) -> None:
     codes = finite_codes(float8)
     assert len(codes) == {E4M3: 254, E5M2: 248}[float8]
     out = torch.empty(len(codes), dtype=dtype)
+    if not expands_to(method, dtype):
+        with pytest.raises(NotImplementedError):
+            method(codes, out, 1.0)
+        return
     method(codes, out, 1.0)
     assert same_bits(out, codes.to(torch.float32).to(dtype))
 
@@ -48,7 +68,7 @@ def test_every_finite_code_is_what_torch_casts_it_to(
 def test_a_scale_is_rounded_once_as_torch_rounds_it(float8: torch.dtype, dtype: torch.dtype, scale: float) -> None:
     codes = finite_codes(float8)
     wanted = codes.to(torch.float32).to(dtype).mul_(scale)
-    for method in (fp8._by_integers, fp8._by_table, fp8._by_cast):
+    for method in (method for method in EXPANDED_BY if expands_to(method, dtype)):
         out = torch.empty(len(codes), dtype=dtype)
         method(codes, out, scale)
         assert same_bits(out, wanted), method
@@ -64,6 +84,38 @@ def test_pieces_and_their_rest_go_where_they_belong(monkeypatch: pytest.MonkeyPa
             method(codes, out[100:801], 1.0)
             assert torch.equal(out[100:801].float(), codes.float())
             assert (out[:100] == -1).all() and (out[801:] == -1).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", COMPILED, ids=str)
+def test_compiled_loops_share_the_codes_and_write_nothing_else(
+    dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_expansion, "SHARE_ELEMENTS", 100)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        everything = finite_codes(E4M3).view(torch.uint8).repeat(4)
+        for first, count in ((0, 1000), (1, 997), (3, 203), (5, 64), (7, 1), (9, 0)):  # also where no vector begins
+            codes = everything[first : first + count].view(E4M3)
+            out = torch.full((count + 20,), -1.0, dtype=dtype)
+            compiled_expansion.expand_into(codes, out[3 : 3 + count], 1.0)
+            assert torch.equal(out[3 : 3 + count].float(), codes.float()), (first, count)
+            assert (out[:3] == -1).all() and (out[3 + count :] == -1).all(), (first, count)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_llvmlite_the_integers_do(monkeypatch: pytest.MonkeyPatch, compiled_anew: None) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "llvmlite"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    assert fp8._method.__wrapped__(CPU, E4M3, torch.bfloat16) is fp8._by_integers
+
+
+def test_what_llvm_does_not_compile_is_done_by_integers(monkeypatch: pytest.MonkeyPatch, compiled_anew: None) -> None:
+    monkeypatch.setattr(compiled_expansion, "_LOOP", compiled_expansion._LOOP.replace("fmul", "frobnicate"))
+    assert fp8._method.__wrapped__(CPU, E4M3, torch.bfloat16) is fp8._by_integers
 
 
 def test_one_buffer_serves_matrices_of_any_shape_in_and_out_of_inference_mode() -> None:
@@ -96,9 +148,11 @@ def test_codes_that_are_not_finite_are_found_wherever_they_stand(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_integers_are_trusted_on_this_cpu(dtype: torch.dtype) -> None:
+def test_the_compiled_loop_is_trusted_on_this_cpu(dtype: torch.dtype) -> None:
     assert fp8.self_test(CPU, dtype)
-    assert fp8._method(CPU, E4M3, dtype) is fp8._by_integers
+    fastest = compiled_expansion.expand_into if dtype in COMPILED else fp8._by_integers
+    assert fp8._method(CPU, E4M3, dtype) is fastest
+    assert fp8.is_exact(fp8._by_integers, CPU, E4M3, dtype)
 
 
 def test_a_method_that_errs_on_one_code_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +166,7 @@ def test_a_method_that_errs_on_one_code_is_not_used(monkeypatch: pytest.MonkeyPa
     for broken in (errs, lacks_float8):
         assert not fp8.is_exact(broken, CPU, E4M3, torch.bfloat16)
         monkeypatch.setattr(fp8, "_by_integers", broken)
+        monkeypatch.setattr(compiled_expansion, "expand_into", broken)
         assert fp8._method.__wrapped__(CPU, E4M3, torch.bfloat16) is fp8._by_table
         monkeypatch.undo()
 
@@ -124,13 +179,14 @@ def test_a_torch_that_was_not_built_for_the_card_is_called_so() -> None:
         fp8.is_exact(has_no_kernels, CPU, E4M3, torch.bfloat16)
 
 
-def test_integers_do_not_depend_on_denormals() -> None:
+def test_expansion_does_not_depend_on_denormals() -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU does not flush denormals")
     try:
         for dtype in DTYPES:
             for float8 in fp8.FLOAT8:
                 assert fp8.is_exact(fp8._by_integers, CPU, float8, dtype)
+                assert dtype not in COMPILED or fp8.is_exact(compiled_expansion.expand_into, CPU, float8, dtype)
     finally:
         torch.set_flush_denormal(False)
 
