@@ -19,7 +19,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,11 @@ import torch
 SHARE_ELEMENTS = 1 << 18
 """A thread is not woken for less: it would take as long to wake."""
 MAX_SHARES = 4
+"""Threads that share a piece: at its end they wait for one another, which many do for longer."""
 _Loop = Callable[[int, int, int, float], None]
 """Takes the addresses of codes and output, how many there are, and the scale."""
+_engines: list[object] = []
+"""They own the compiled code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,25 +90,31 @@ end:
 
 
 def expand_into(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-    """Write flat float8 `codes` times `scale` into flat `out` (bf16 or fp32), both contiguous and on the CPU.
+    """Write flat float8 `codes` times `scale` into flat `out` (bf16 or fp32), both contiguous, apart and on the CPU.
 
     By as many threads as torch has, four at most. Exact for finite codes; rounded once if scaled. Raises
-    NotImplementedError for another dtype, and where there is no llvmlite or LLVM cannot compile for this processor.
+    NotImplementedError for another dtype, and where there is no llvmlite or LLVM cannot compile for this processor;
+    ValueError for other tensors, since the loop writes by address.
     """
-    exact = out.dtype == torch.float32 or adds_no_digits(scale)
-    loop = _loop(codes.dtype, out.dtype, exact)
+    loop = _loop(codes.dtype, out.dtype, out.dtype == torch.float32 or adds_no_digits(scale))
     if loop is None:
         raise NotImplementedError(f"no compiled expansion of {codes.dtype} to {out.dtype}")
     count = codes.numel()
-    if not count:  # a loop runs at least once
-        return
+    if not (codes.is_contiguous() and out.is_contiguous() and out.numel() == count):
+        raise ValueError(f"{list(codes.shape)} codes into {list(out.shape)}, or one of them is not contiguous")
     share = -(-count // max(1, min(MAX_SHARES, torch.get_num_threads(), count // SHARE_ELEMENTS)))
-    first, *others = [
-        (codes.data_ptr() + start, out.data_ptr() + start * out.itemsize, min(share, count - start), scale)
-        for start in range(0, count, share)
-    ]
-    running = [_threads().submit(loop, *other) for other in others]
-    loop(*first)
+    if not share:
+        return
+
+    def run(codes: torch.Tensor, out: torch.Tensor) -> None:
+        loop(codes.data_ptr(), out.data_ptr(), codes.numel(), scale)
+
+    first, *others = zip(codes.split(share), out.split(share), strict=True)
+    running = [_pool().submit(run, *other) for other in others]
+    try:
+        run(*first)
+    finally:  # also when Ctrl-C comes in between: nobody may use `out` again while it is being written
+        wait(running)
     for one in running:
         one.result()
 
@@ -117,15 +126,15 @@ def adds_no_digits(factor: float) -> bool:
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
-    """ctypes lets go of the interpreter's lock while a loop runs."""
+def _pool() -> ThreadPoolExecutor:
+    """Threads for all shares but the first. ctypes lets go of the interpreter's lock while a loop runs."""
     return ThreadPoolExecutor(MAX_SHARES - 1, thread_name_prefix="expansion")
 
 
 @functools.cache
 def _loop(float8: torch.dtype, dtype: torch.dtype, exact: bool) -> _Loop | None:
     """The loop for a pair of dtypes; `exact` where nothing need be rounded. None where it cannot be had."""
-    if dtype not in (torch.bfloat16, torch.float32):
+    if float8 not in _FORMATS or dtype not in (torch.bfloat16, torch.float32):
         return None
     try:
         return _compiled(_source(_FORMATS[float8], dtype, exact))
@@ -154,9 +163,13 @@ def _constant(value: float) -> str:
 
 
 def _compiled(source: str) -> _Loop:
-    """Machine code for this processor, for as long as the process lives. Raises ImportError without llvmlite."""
+    """Machine code for this processor, for as long as the process lives.
+
+    Raises ImportError without llvmlite, OSError where memory that is written to may not be executed.
+    """
     import llvmlite.binding as llvm  # noqa: PLC0415  (optional, and of no use on a card)
 
+    llvm.check_jit_execution()  # LLVM itself says nothing, and the first call ends the process
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     module = llvm.parse_assembly(source)
@@ -173,7 +186,3 @@ def _compiled(source: str) -> _Loop:
     _engines.append(engine)
     address = engine.get_function_address("expand")
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)(address)
-
-
-_engines: list[object] = []
-"""They own the code."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -116,6 +118,48 @@ def test_without_llvmlite_the_integers_do(monkeypatch: pytest.MonkeyPatch, compi
 def test_what_llvm_does_not_compile_is_done_by_integers(monkeypatch: pytest.MonkeyPatch, compiled_anew: None) -> None:
     monkeypatch.setattr(compiled_expansion, "_LOOP", compiled_expansion._LOOP.replace("fmul", "frobnicate"))
     assert fp8._method.__wrapped__(CPU, E4M3, torch.bfloat16) is fp8._by_integers
+
+
+def test_compiled_loops_take_only_what_they_can_address() -> None:
+    codes, out = finite_codes(E4M3)[:64], torch.empty(64, dtype=torch.bfloat16)
+    for bad, bad_out in ((codes[::2], out[:32]), (codes[:32], out[::2]), (codes, out[:8]), (codes[:8], out)):
+        with pytest.raises(ValueError, match="codes into"):
+            compiled_expansion.expand_into(bad, bad_out, 1.0)
+    with pytest.raises(NotImplementedError, match="e4m3fnuz"):
+        compiled_expansion.expand_into(codes.view(torch.float8_e4m3fnuz), out, 1.0)
+
+
+def test_an_interrupted_expansion_ends_only_when_nothing_is_written_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, written = threading.get_ident(), threading.Event()
+
+    def loop(codes: int, out: int, count: int, scale: float) -> None:
+        if threading.get_ident() == here:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        written.set()
+
+    monkeypatch.setattr(compiled_expansion, "_loop", lambda *args: loop)
+    monkeypatch.setattr(compiled_expansion, "SHARE_ELEMENTS", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        compiled_expansion.expand_into(finite_codes(E4M3), torch.empty(254, dtype=torch.bfloat16), 1.0)
+    assert written.is_set()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a call of Linux")
+def test_where_memory_may_not_be_executed_the_integers_do() -> None:
+    """As under systemd's MemoryDenyWriteExecute; in a process of its own, which stays so."""
+    code = """if True:
+        import ctypes, torch
+        from fluxsplit import fp8
+        forbids = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0  # PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN: Linux 6.3
+        method = fp8._method(torch.device("cpu"), torch.float8_e4m3fn, torch.float32)
+        print(method.__name__ if forbids else "not forbidden")
+    """
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    if run.stdout.strip() == "not forbidden":
+        pytest.skip("this kernel cannot forbid it")
+    assert (run.returncode, run.stdout.strip()) == (0, "_by_integers"), run.stderr
 
 
 def test_one_buffer_serves_matrices_of_any_shape_in_and_out_of_inference_mode() -> None:
