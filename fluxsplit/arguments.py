@@ -200,19 +200,24 @@ def _stdin_bytes() -> bytes:
 def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path]], what: str) -> list[Path]:
     """Files in the order given, each once: files, what `in_folder` finds in folders, and the lines of stdin for `-`.
 
-    Raises UsageError where there is none, or none of them exists; `what` says what they are for, as `latent file to
-    decode`.
+    A folder that cannot be read stands for itself, for its reader to say so. Raises UsageError where there is none, or
+    none of them exists; `what` says what they are for, as `latent file to decode`.
     """
     files: dict[Path, None] = {}
     for name in names:
         found = [Path(line) for line in read_names() if line] if name == "-" else named(name)
         for path in found:
-            files.update(dict.fromkeys(in_folder(path) if path.is_dir() else [path]))
+            try:
+                held = in_folder(path) if path.is_dir() else [path]
+            except OSError:
+                held = [path]
+            files.update(dict.fromkeys(held))
     if not files:
         raise UsageError(f"there is no {what}", "name files or folders, or - to read names from stdin")
     if not any(file.exists() for file in files):
         first, others = next(iter(files)), len(files) - 1
-        raise UsageError(f"{first} does not exist" + (f", nor do the {others} others" if others else ""))
+        rest = {0: "", 1: ", nor does the other one"}.get(others, f", nor do the {others} others")
+        raise UsageError(f"{first} does not exist{rest}")
     return list(files)
 
 

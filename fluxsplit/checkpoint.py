@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fluxsplit.errors import FluxsplitError, ModelFileMissing
 from fluxsplit.names import Target, transformer_targets, vae_target
@@ -215,7 +215,7 @@ def _read_part(headers: list[Header], kind: str, prefix: str, sentinel: str) -> 
                 unknown.append(name)
             for target in targets:
                 if target.name in sources:
-                    raise FluxsplitError(f"{Path(header.path).name} fills {target.name} twice, again by {name}")
+                    _refuse_second(kind, sources[target.name].path, header.path, target.name, name)
                 sources[target.name] = _source(header, tensor, target, formats, prefix)
     if unknown:
         shown = ", ".join(sorted(unknown)[:4])
@@ -224,6 +224,15 @@ def _read_part(headers: list[Header], kind: str, prefix: str, sentinel: str) -> 
             "this is another model, or one changed by a tool that fluxsplit does not know",
         )
     return Part(kind, layout, sources, _part_config(headers, kind))
+
+
+def _refuse_second(kind: str, first: str, second: str, target: str, name: str) -> NoReturn:
+    """What is there twice is so in two files of a folder, as a rule."""
+    names = Path(first).name, Path(second).name
+    if names[0] != names[1]:
+        folder = Path(second).parent
+        raise FluxsplitError(f"{folder} holds two files with a {kind}: {names[0]} and {names[1]}", "name one of them")
+    raise FluxsplitError(f"{names[1]} fills {target} twice, again by {name}", "the file is damaged")
 
 
 def _part_config(headers: list[Header], kind: str) -> dict[str, Any]:

@@ -223,6 +223,7 @@ def _run(command: str, given: dict[str, Any], *, debug: bool) -> int:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit; every error ends here as one line on stderr."""
     words = sys.argv[1:] if arguments is None else arguments
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
         with suppress(AttributeError, OSError, ValueError):
             if os.name == "posix":  # names are bytes, and go out as they came in, whatever the locale
@@ -246,12 +247,24 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         sys.exit(1)
+    except OSError as error:  # the system's refusal, as of a folder that may not be read or a full disk behind stdout
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        line = FluxsplitError(f"{where}{error.strerror or error}", "--debug shows where").line()
+        _fail(line, error, "--debug" in words)
+        sys.exit(1)
     except Exception as error:
         _fail(
             f"{type(error).__name__}: {error}; this is a bug, run with --debug for its place", error, "--debug" in words
         )
         sys.exit(1)
     sys.exit(0)
+
+
+def _open_what_is_closed() -> None:
+    """Of a closed stdout or stderr (`>&-`) Python makes None; what is written to it goes nowhere then."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (to the end)
 
 
 def _say_interrupted() -> None:

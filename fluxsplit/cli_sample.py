@@ -53,6 +53,11 @@ def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) 
             "--save-conditioning keeps the prompt of what is rendered, and --skip-existing may render nothing",
             "drop one, as by --no-skip-existing",
         )
+    if skips and (defaults | given).get("conditioning"):
+        raise UsageError(
+            "--skip-existing cannot tell pictures of a saved --conditioning: a recipe names its prompt only",
+            "drop one, as by --no-skip-existing",
+        )
     plan = plan_sample(given, defaults)
     if skips:
         plan = _without_existing(plan, progress)
@@ -76,7 +81,7 @@ def _how_to_go_on(plan: Plan, given: dict[str, Any], progress: Progress) -> Iter
         yield
     except BaseException:
         done = sum(not path.endswith(".png") for path in progress.results[before:])
-        if 0 < done < len(plan.images):
+        if 0 < done < len(plan.images) and not plan.images[0].conditioning:
             without = ", without --save-conditioning," if given.get("save_conditioning") else ""
             seed = "" if given.get("seed") else f"--seed {plan.images[0].seed} and "
             finished = f"{done} of {len(plan.images)} are finished"

@@ -3,7 +3,7 @@
 An entry is a conditioning file under the SHA-256 of what it was made from: both encoders' weights, the tokenizers,
 the prompt. Its metadata names these again, with the SHA-256 of the tensors; an entry of which any of it disagrees is
 removed and made again. Weights are known by their remembered hash (see `fingerprint`): nothing here opens them, so a
-prompt is kept only once the hash is known, which is when its first picture is done. Oldest use goes first.
+prompt is kept once the hash is known, which is when its first picture is done at the latest. Oldest use goes first.
 """
 
 from __future__ import annotations

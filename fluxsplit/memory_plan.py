@@ -121,11 +121,13 @@ def plan_memory(model: Model, work: Work, device: DeviceInfo, budget_bytes: int,
     count = len(work.sizes)
     least = _plan(model, work, device, 0, dtype, 1, tuple(range(len(model.blocks))), 1)
     if least.peak_bytes > budget_bytes:
-        need, given = f"{_ceil_mb(least.peak_bytes)}M", f"{budget_bytes / 1e6:,.0f} MB"
+        need, given = _ceil_mb(least.peak_bytes), f"{budget_bytes // 1_000_000:,} MB"
         largest = max(work.sizes, key=lambda size: size[0] * size[1])
         raise UsageError(
-            f"{largest[0]}x{largest[1]} needs at least {least.peak_bytes / 1e6:,.0f} MB, the budget is {given}",
-            f"give --vram {need} or more, or a smaller --size",
+            f"{largest[0]}x{largest[1]} needs at least {need:,} MB, the budget is {given}",
+            f"give --vram {need}M or more, or a smaller --size"
+            if least.peak_bytes <= device.free_bytes
+            else f"give a smaller --size: {device.free_bytes // 1_000_000:,} MB are free",
         )
     best: MemoryPlan | None = None
     most = min(count, MAX_TOGETHER)

@@ -71,14 +71,15 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
             for event in events_with_retry(text_stage, _text_job(plan, places), progress.note):
                 if event["event"] != "result":
                     progress.show(event)
+        unkept = {} if _keep(plan, places) else places
         job = _sample_job(plan, ready | places)
         sizes = [(image.width, image.height) for image in plan.images]
         events = events_with_retry(sample_stage, job, progress.note)
         for event in timed(events, plan.files.transformer, sizes):
             (on_result if on_result and event["event"] == "result" else progress.show)(event)
             if event["event"] == "result":
-                _keep(plan, places)
-                places = {}  # kept with the first picture, whatever becomes of the others
+                _keep(plan, unkept)
+                unkept = {}  # kept with the first picture, whatever becomes of the others
     return 1 if progress.failures else 0
 
 
@@ -95,12 +96,14 @@ def cached(plan: Plan) -> dict[str, str]:
     return {text: path for text, path in found.items() if path}
 
 
-def _keep(plan: Plan, places: dict[str, str]) -> None:
-    """Keep what was encoded; the sample stage has computed the encoders' hashes by now."""
+def _keep(plan: Plan, places: dict[str, str]) -> bool:
+    """Keep what was encoded, if the encoders' hashes are known: from an earlier run, or when a picture is done."""
     encoders = encoders_of(plan.files) if plan.cache and places else None
-    if encoders is not None:
-        for text, path in places.items():
-            conditioning_cache.keep(encoders, text, path)
+    if encoders is None:
+        return False
+    for text, path in places.items():
+        conditioning_cache.keep(encoders, text, path)
+    return True
 
 
 def _text_job(plan: Plan, places: dict[str, str]) -> TextJob:

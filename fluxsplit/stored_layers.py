@@ -20,6 +20,7 @@ from fluxsplit.checkpoint import Part, Source
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.weights import Span, WeightFiles
 
+_DAMAGED = "the file is damaged; download it again"
 ROWS = 64
 """A multiple of what matrix products compute at once: a piece that ends between costs the longest ones 3 %."""
 
@@ -154,7 +155,8 @@ class StoredLinear(nn.Module):
         """Once, as the expansion makes numbers of NaN codes."""
         if not self._checked:
             if fp8.has_nonfinite(self.stored):
-                raise FluxsplitError(f"{self.name} holds NaN or infinity", "the file is damaged; download it again")
+                where = "" if self.span is None else f" of {Path(self.span.path).name}"
+                raise FluxsplitError(f"{self.name}{where} holds NaN or infinity", _DAMAGED)
             self._checked = True
 
 
@@ -224,7 +226,8 @@ def fill(
         _check_shape(name, parameter.shape, part.sources[name])
         value = files.stored(part.sources[name]).view(parameter.shape).to(dtype=dtype, copy=True)
         if not bool(value.isfinite().all()):
-            raise FluxsplitError(f"{name} holds NaN or infinity", "the file is damaged; download it again")
+            where = Path(part.sources[name].path).name
+            raise FluxsplitError(f"{name} of {where} holds NaN or infinity", _DAMAGED)
         return value.to(device)
 
     for path, child in list(module.named_modules()):

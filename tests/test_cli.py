@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, write
 
 from fluxsplit import cli, models, sample_run
-from fluxsplit.arguments import prompt_warnings
+from fluxsplit.arguments import gather_files, prompt_warnings
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
 from fluxsplit.settings import WORKFLOW
@@ -392,6 +394,7 @@ def test_files_that_are_not_there_are_a_mistake_in_the_command(run: Run, home: P
     alone = run(command, "a.png")
     assert alone.code == 2 and alone.out == [] and "a.png does not exist" in alone.err and not alone.log
     assert "a.png does not exist, nor do the 2 others" in run(command, "a.png", "b.png", "c.png").err
+    assert "a.png does not exist, nor does the other one" in run(command, "a.png", "b.png").err
 
 
 def test_a_dry_run_says_that_nothing_can_be_written(run: Run, home: Path) -> None:
@@ -666,6 +669,52 @@ def test_what_may_render_nothing_keeps_no_conditioning(run: Run, home: Path) -> 
     (home / "fluxsplit.toml").write_text("[sample]\nskip-existing = true\n")
     ran = run(*words)
     assert ran.code == 2 and "--skip-existing may render nothing" in ran.err and not ran.log
+
+
+def test_a_saved_conditioning_is_not_told_by_a_recipe(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = write(home / "c.safetensors", {"t5": (1, 8, 4), "pooled": (1, 3)}, "F32")
+    words = ("sample", "--conditioning", kept, "--seed", "1..3")
+    refused = run(*words, "--skip-existing")
+    assert refused.code == 2 and "a recipe names its prompt only" in refused.err and not refused.log
+    monkeypatch.setenv("FAKE_FAIL", "sample ends at the second")
+    assert "goes on" not in run(*words).err
+
+
+def test_what_was_encoded_is_kept_though_sampling_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the encoders' hashes are known from before, T5 need not run again for a prompt."""
+    kept: list[str] = []
+    monkeypatch.setattr("fluxsplit.conditioning_cache.keep", lambda encoders, prompt, path: kept.append(prompt))
+    monkeypatch.setenv("FAKE_FAIL", "sample out of memory")
+    assert run("sample", "-p", "a").code == 4 and kept == ["a"]
+    monkeypatch.delenv("FAKE_FAIL")
+    assert run("sample", "-p", "b", "--seed", "1..2").code == 0 and kept == ["a", "b"], "once"
+
+
+def test_the_systems_refusal_is_no_bug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "there/a.pt")
+
+    monkeypatch.setattr("fluxsplit.cli_info.inspect", refuses)
+    ran = run("info", __file__, "--debug")
+    assert ran.code == 1 and "Traceback" in ran.err
+    ran = run("info", __file__)
+    assert (ran.code, ran.err) == (1, "fluxsplit: there/a.pt: Permission denied; --debug shows where\n")
+
+
+def test_a_folder_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
+    def in_folder(folder: Path) -> list[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    (tmp_path / "a.pt").touch()
+    names = [str(tmp_path), str(tmp_path / "a.pt")]
+    assert gather_files(names, in_folder, "latent") == [Path(name) for name in names]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes it")
+def test_without_stdout_a_command_runs(home: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "fluxsplit", "sample", "--dry-run", "-p", "a"])
+    run = subprocess.run(f"{command} >&-", shell=True, check=False, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, "bug" in run.stderr) == (0, False), run.stderr
 
 
 def test_where_sampling_ends_early_it_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

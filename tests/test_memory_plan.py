@@ -172,10 +172,17 @@ def test_too_small_a_budget_names_the_smallest_that_works() -> None:
     with pytest.raises(UsageError, match="1152x944 needs at least") as caught:
         plan(0.5)
     smallest = int(caught.value.hint.split("--vram ")[1].split("M")[0])
+    assert f"needs at least {smallest:,} MB" in caught.value.message
     got = plan(smallest / 1000)
     assert got.slots == 1 and len(got.streamed) == 57
     with pytest.raises(UsageError):
         plan((smallest - 2) / 1000)
+
+
+def test_what_the_device_does_not_have_free_is_not_advised() -> None:
+    with pytest.raises(UsageError, match="needs at least") as caught:
+        plan(0.5, device=replace(RDNA2, free_bytes=600_000_000))
+    assert caught.value.hint == "give a smaller --size: 600 MB are free"
 
 
 def test_pictures_advance_together_where_something_streams() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from headers import all_in_one, clip, prefixed, t5, tokenizers, transformer, vae, write
 
-from fluxsplit import models, places
+from fluxsplit import checkpoint, models, places
 from fluxsplit.errors import FluxsplitError, ModelFileMissing
 from fluxsplit.jobs import ModelFiles
 from fluxsplit.models import Wanted, resolve, resolve_vae
@@ -169,6 +169,13 @@ def test_one_text_encoder_file_may_hold_both(tmp_path: Path) -> None:
 def test_a_conditioning_needs_neither_encoders_nor_tokenizers(tmp_path: Path) -> None:
     file = write(tmp_path / "flux.safetensors", transformer())
     assert resolve(Wanted(model=str(file)), ("transformer",)) == ModelFiles(str(file))
+
+
+def test_a_folder_of_two_transformers_names_both(tmp_path: Path) -> None:
+    for name in ("dev.safetensors", "schnell.safetensors"):
+        write(tmp_path / name, transformer())
+    with pytest.raises(FluxsplitError, match=r"two files with a transformer: dev.* and schnell"):
+        checkpoint.part(tmp_path, "transformer")
 
 
 def test_rivals_are_for_the_person_to_decide(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from fluxsplit import fp8
+from fluxsplit.errors import FluxsplitError
 from fluxsplit.stored_layers import Scratch, StoredLinear
+from fluxsplit.weights import Span
 
 OUTPUTS, INPUTS = 200, 96
 
@@ -56,3 +58,10 @@ def test_a_power_of_two_goes_to_the_product_only_where_no_bit_is_lost(monkeypatc
         asked.clear()
         linear(e4m3, dtype, scale, bias, 64)(torch.ones(1, INPUTS, dtype=dtype))
         assert set(asked) == {factor}
+
+
+def test_a_matrix_with_nan_is_named_with_its_file() -> None:
+    codes = torch.full((2, 2), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    layer = StoredLinear("blocks.0.to_q", codes, None, None, Span("/models/flux.safetensors", 0, 4))
+    with pytest.raises(FluxsplitError, match=r"to_q of flux\.safetensors holds NaN"):
+        layer(torch.ones(1, 2))
