@@ -208,17 +208,25 @@ def gather_files(names: Sequence[str], in_folder: Callable[[Path], Iterable[Path
         found = [Path(line) for line in read_names() if line] if name == "-" else named(name)
         for path in found:
             try:
-                held = in_folder(path) if path.is_dir() else [path]
+                held = list(in_folder(path)) if path.is_dir() else [path]
             except OSError:
                 held = [path]
             files.update(dict.fromkeys(held))
     if not files:
         raise UsageError(f"there is no {what}", "name files or folders, or - to read names from stdin")
-    if not any(file.exists() for file in files):
+    if not any(_may_exist(file) for file in files):
         first, others = next(iter(files)), len(files) - 1
         rest = {0: "", 1: ", nor does the other one"}.get(others, f", nor do the {others} others")
         raise UsageError(f"{first} does not exist{rest}")
     return list(files)
+
+
+def _may_exist(file: Path) -> bool:
+    """Whether a file is there, or is where nobody may look; its reader says that."""
+    try:
+        return file.exists()
+    except OSError:
+        return True
 
 
 def out_folder(values: Mapping[str, Any], default: str = "") -> str:
@@ -248,7 +256,7 @@ def named(word: str) -> list[Path]:
     Raises UsageError where nothing matches.
     """
     path = Path(word).expanduser()
-    if path.exists() or not any(c in word for c in "*?["):
+    if _may_exist(path) or not any(c in word for c in "*?["):
         return [path]
     root = Path(path.anchor or ".")
     matching = sorted(root.glob(str(path.relative_to(root) if path.anchor else path)))

@@ -18,7 +18,7 @@ from fluxsplit import __version__
 from fluxsplit.cli_commands import COMMANDS, Command
 from fluxsplit.cli_help import GroupedCommand
 from fluxsplit.cli_options import Debug, Json, Quiet
-from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError
+from fluxsplit.errors import INTERRUPTED_EXIT_CODE, FluxsplitError, refusal
 
 if TYPE_CHECKING:
     from fluxsplit.progress import Progress
@@ -247,10 +247,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         sys.exit(1)
-    except OSError as error:  # the system's refusal, as of a folder that may not be read or a full disk behind stdout
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        line = FluxsplitError(f"{where}{error.strerror or error}", "--debug shows where").line()
-        _fail(line, error, "--debug" in words)
+    except OSError as error:
+        _fail(refusal(error).line(), error, "--debug" in words)
         sys.exit(1)
     except Exception as error:
         _fail(

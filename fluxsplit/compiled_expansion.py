@@ -44,7 +44,7 @@ class _Format:
 
 _FORMATS = {torch.float8_e4m3fn: _Format(3, 7), torch.float8_e5m2: _Format(2, 15)}
 _FP32_MANTISSA_BITS, _FP32_BIAS = 23, 127
-# the two ways to make an output of %bits, the fp32's, and for bf16 also the rounded one
+# what is made of %bits, those of the scaled value in fp32
 _STORE_FP32 = """
   %at.out = getelementptr i32, ptr %out, i64 %at
   store i32 %bits, ptr %at.out"""

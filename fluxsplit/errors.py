@@ -5,10 +5,13 @@
     ├─ ModelFileMissing   3  weights or tokenizers are not where they were looked for
     └─ OutOfMemory        4  a stage needs more memory than the device has
 
-Everything else that escapes is a bug of ours; its traceback is shown by `--debug`.
+An OSError that escapes is told in the system's words (`refusal`); everything else is a bug of ours. `--debug` shows the
+traceback of either.
 """
 
 from __future__ import annotations
+
+import os
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -53,6 +56,12 @@ class DoesNotFit(OutOfMemory):
 
 class DiskFull(FluxsplitError):
     """A file cannot be written for want of room, and the next one neither."""
+
+
+def refusal(error: OSError) -> FluxsplitError:
+    """What the system would not do, in its words: a folder that may not be read, a full disk behind stdout."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return FluxsplitError(f"{where}{error.strerror or error}", "--debug shows where")
 
 
 def ends_all(error: FluxsplitError) -> bool:

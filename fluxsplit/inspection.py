@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import checkpoint
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.errors import FluxsplitError, refusal
 from fluxsplit.found import found_in, read_found
 from fluxsplit.found_text import as_form, facts_of, started_from
 from fluxsplit.latents import COMFY_TENSOR, read_latents
@@ -56,10 +56,16 @@ class Report:
 def inspect(path: str | Path) -> Report:
     """What the file or diffusers folder at `path` is.
 
-    Raises UsageError where there is nothing at `path`, FluxsplitError for files that are damaged or of another
-    kind, with one line that says which.
+    Raises UsageError where there is nothing at `path`, FluxsplitError for what cannot be read and for files that are
+    damaged or of another kind, with one line that says which.
     """
-    path = Path(path)
+    try:
+        return _inspect(Path(path))
+    except OSError as error:
+        raise refusal(error) from error
+
+
+def _inspect(path: Path) -> Report:
     if path.is_dir():
         return _weights(path, sum(file.stat().st_size for file in path.rglob("*.safetensors")))
     start = first_bytes(path, 512)

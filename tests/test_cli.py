@@ -694,11 +694,15 @@ def test_the_systems_refusal_is_no_bug(run: Run, monkeypatch: pytest.MonkeyPatch
     def refuses(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "there/a.pt")
 
+    said = "fluxsplit: there/a.pt: Permission denied; --debug shows where\n"
+    monkeypatch.setattr("fluxsplit.inspection.first_bytes", lambda path, count: refuses(path))
+    ran = run("info", __file__, FAKE_STAGE)
+    assert (ran.code, ran.err) == (1, 2 * said), "the next one is read all the same"
     monkeypatch.setattr("fluxsplit.cli_info.inspect", refuses)
     ran = run("info", __file__, "--debug")
     assert ran.code == 1 and "Traceback" in ran.err
     ran = run("info", __file__)
-    assert (ran.code, ran.err) == (1, "fluxsplit: there/a.pt: Permission denied; --debug shows where\n")
+    assert (ran.code, ran.err) == (1, said)
 
 
 def test_a_folder_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
@@ -708,6 +712,21 @@ def test_a_folder_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "a.pt").touch()
     names = [str(tmp_path), str(tmp_path / "a.pt")]
     assert gather_files(names, in_folder, "latent") == [Path(name) for name in names]
+    assert gather_files(names, lambda folder: map(in_folder, [folder]), "latent") == [Path(name) for name in names]
+
+
+def test_a_file_where_nobody_may_look_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, there = tmp_path / "nobody" / "a.pt", tmp_path / "b.pt"
+    there.touch()
+    stat = Path.stat
+
+    def refuses(path: Path, **options: Any) -> os.stat_result:
+        if path == hidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuses)
+    assert gather_files([str(hidden), str(there)], lambda folder: [], "latent") == [hidden, there]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell closes it")
