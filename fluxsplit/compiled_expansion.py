@@ -1,7 +1,7 @@
 """float8 to bf16 and fp32 on a CPU in one pass over the codes, by a loop that LLVM compiles for this very processor.
 
 torch's operations, of which `fp8` otherwise strings five together, each read and write a whole piece. Where the
-products are quick, that is what a step waits for. One loop over the codes does the same in registers, three to five
+products are quick, that is what a step waits for. One loop over the codes does the same in registers, about three
 times as fast, and needs no compiler where it is installed: llvmlite (the extra `cpu`) brings LLVM along, and the loop
 is made in a fortieth of a second. Without llvmlite nothing here is used.
 
