@@ -19,6 +19,7 @@ from fluxsplit.errors import FluxsplitError
 from fluxsplit.fingerprint import stamp_of, weights_sha256
 from fluxsplit.jobs import ImageJob, ModelFiles
 from fluxsplit.latents import SUFFIXES, read_latent
+from fluxsplit.places import is_hidden
 from fluxsplit.recipe import Recipe, WeightsStamp
 
 
@@ -75,7 +76,7 @@ def made_in(folder: Path, images: Sequence[ImageJob], renderer: Renderer) -> dic
     """Latents of a folder that are what jobs ask for, by the number of the job; each for one job."""
     found: dict[int, tuple[Path, Recipe]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() in SUFFIXES.values() and (recipe := recipe_of(file)) is not None:
+        if not is_hidden(file) and file.suffix.lower() in SUFFIXES.values() and (recipe := recipe_of(file)) is not None:
             fitting = (number for number, image in enumerate(images) if renderer.made(recipe, image))
             number = next((number for number in fitting if number not in found), None)
             if number is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.jobs import absolute
+from fluxsplit.places import is_hidden
 from fluxsplit.recipe import MAX_SEED, MAX_TEXT_CHARS, check_sigmas, check_size
 from fluxsplit.settings import similar
 
@@ -259,23 +260,24 @@ def named(word: str) -> list[Path]:
     if _may_exist(path) or not any(c in word for c in "*?["):
         return [path]
     root = Path(path.anchor or ".")
-    matching = sorted(root.glob(str(path.relative_to(root) if path.anchor else path)))
+    pattern = path.relative_to(root) if path.anchor else path
+    matching = sorted(file for file in root.glob(str(pattern)) if not is_hidden(file) or is_hidden(pattern))
     if not matching:
         raise UsageError(f"nothing matches {word}")
     return matching
 
 
-def is_overview(file: Path) -> bool:
-    """Whether a file is a contact sheet or a peek of ours by its name, and not a picture to go on with."""
-    return file.name in ("sheet.png", "peek.png") or file.name.endswith(".peek.png")
+def is_passed_over(file: Path) -> bool:
+    """Whether a file is nothing to go on with where nobody named it: hidden, or a contact sheet or a peek of ours."""
+    return is_hidden(file) or file.name in ("sheet.png", "peek.png") or file.name.endswith(".peek.png")
 
 
 def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
-    """Files in `folder` of these suffixes, in any case, by name, without overviews; raises UsageError for none."""
+    """Files in `folder` of these suffixes, in any case, by name, save passed over ones; raises UsageError for none."""
     found = sorted(
         file
         for file in folder.iterdir()
-        if file.suffix.lower() in suffixes and file.is_file() and not is_overview(file)
+        if file.suffix.lower() in suffixes and file.is_file() and not is_passed_over(file)
     )
     if not found:
         raise UsageError(f"{folder} holds no {what}", f"{what}s end in {', '.join(suffixes)}")

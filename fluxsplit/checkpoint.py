@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from fluxsplit.errors import FluxsplitError, ModelFileMissing
 from fluxsplit.names import Target, transformer_targets, vae_target
+from fluxsplit.places import is_hidden
 from fluxsplit.recipe import strict_json
 from fluxsplit.refusals import refuse_foreign, refuse_quantisation
 from fluxsplit.safetensor_header import Header, TensorInfo, read_header
@@ -172,7 +173,7 @@ def _headers(path: str | Path, kind: str) -> list[Header]:
     if place.is_file():
         return [read_header(place)]
     folder = place / _FOLDERS[kind] if (place / _FOLDERS[kind]).is_dir() else place
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if not is_hidden(file))
     if folder == place and (place / "model_index.json").exists():
         return []
     if not files and folder == place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -214,10 +215,24 @@ def _run(command: str, given: dict[str, Any], *, debug: bool) -> int:
     settings = defaults(command, os.environ)
     quiet = bool(given.get("quiet", settings.get("quiet", False)))
     with Progress(json_lines=bool(given.get("json")), quiet=quiet, debug=debug) as progress:
-        code = _runner(command)(given, settings, progress)
+        try:
+            code = _runner(command)(given, settings, progress)
+        except FluxsplitError as error:
+            _say_where_set(error, command, [key for key in settings if key not in given])
+            raise
         if progress.failures > 1:
             progress.note(f"{progress.failures} failed")
         return code
+
+
+def _say_where_set(error: FluxsplitError, command: str, keys: Sequence[str]) -> None:
+    """Add to what begins with the name of a setting, as in `--vram '8X' is`, where that was set, if by no flag."""
+    from fluxsplit.settings import set_in  # noqa: PLC0415
+
+    begun = re.match(r"(?:--)?([a-z]+(?:-[a-z]+)*)\b", error.message)
+    key = begun[1].replace("-", "_") if begun else ""
+    if key in keys and (place := set_in(command, key, os.environ)):
+        error.message += f" (set in {place})"
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

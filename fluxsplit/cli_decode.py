@@ -118,26 +118,41 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
     return codes.pop() if not plan.jobs and len(codes) == 1 else int(bool(progress.failures))
 
 
+def require_vae(given: dict[str, Any], defaults: dict[str, Any], of_demo: bool) -> None:
+    """Raise FluxsplitError where latents that are still to be sampled, with the demo model or another, have no VAE."""
+    vaes = _Vaes(given, defaults | given)
+    if not (of_demo and vaes.follows_latents):
+        vaes.named_or_found()
+
+
 class _Vaes:
     """Finds the VAE for each latent, and each VAE only once."""
 
     def __init__(self, given: dict[str, Any], values: dict[str, Any]) -> None:
-        self._told = bool(given.get("vae") or given.get("model"))
-        self._wanted = wanted_files(values if not self._told else _without_rivals(values, given))
+        self.follows_latents = not (given.get("vae") or given.get("model"))
+        """Whether the demo model's latents get its VAE unasked."""
+        self._wanted = wanted_files(values if self.follows_latents else _without_rivals(values, given))
         self._vae: str | FluxsplitError | None = None
         self._demo_sha256: str | None = None
 
     def of(self, latent: LatentFile) -> str:
         """The VAE to decode a latent with; raises FluxsplitError where none is found."""
-        if not self._told and self._is_demo(latent):
+        if self.follows_latents and self._is_demo(latent):
             return demo_files().vae
+        try:
+            return self.named_or_found()
+        except FluxsplitError as error:
+            raise _missing(error, latent) from None
+
+    def named_or_found(self) -> str:
+        """The VAE of latents whose own is not known; raises FluxsplitError where none is found."""
         if self._vae is None:
             try:
                 self._vae = resolve_vae(self._wanted)
             except FluxsplitError as error:
                 self._vae = error
         if isinstance(self._vae, FluxsplitError):
-            raise _missing(self._vae, latent)
+            raise self._vae
         return self._vae
 
     def _is_demo(self, latent: LatentFile) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit.arguments import out_folder
-from fluxsplit.cli_decode import plan_decode, run_decode
+from fluxsplit.cli_decode import plan_decode, require_vae, run_decode
 from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample
 from fluxsplit.executor import StageProcess
 from fluxsplit.progress import Progress
@@ -30,6 +30,7 @@ _NUMBER = re.compile(r"(\d{4,9})(?:-\d+)?\.(?:png|" + "|".join(LATENT_FORMATS) +
 def preview(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and render, or show the plan; returns the exit code."""
     plan = plan_preview(given, defaults)
+    require_vae(given, defaults, plan.files.is_demo)
     if given.get("dry_run"):
         return only_planned(plan, given, progress)
     return run_preview(plan, given, defaults, progress)

@@ -13,7 +13,7 @@ from typing import Any
 from fluxsplit import durable
 from fluxsplit.already_made import Renderer, recipe_of, renderer_of
 from fluxsplit.arguments import check_choice, check_device, gather_prompts, out_folder
-from fluxsplit.cli_decode import plan_decode, run_decode
+from fluxsplit.cli_decode import plan_decode, require_vae, run_decode
 from fluxsplit.cli_encode import encode_events
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, enlarge, enlarging, tell_there
@@ -45,9 +45,13 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
         for line in order.lines:
             progress.note(f"{label}: {line}")
     out = Path(out_folder(values, FOLDER))
+    if not values.get("dry_run"):
+        orders = _with_latents(orders, values, out, progress)
+    planned = _planned(orders, values, out)
+    for plan in planned.plans:
+        require_vae(given, defaults, plan.files.is_demo)
     if values.get("dry_run"):
-        return _show(_planned(orders, values, out), bool(values.get("json")), progress)
-    planned = _planned(_with_latents(orders, values, out, progress), values, out)
+        return _show(planned, bool(values.get("json")), progress)
     _tell_made(planned, progress)
     latents = list(planned.latents)
     with undecoded_told(latents, given, out, progress):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,13 @@ from fluxsplit.arguments import (
     prompt_warnings,
 )
 from fluxsplit.checkpoint import part, variant_of
-from fluxsplit.errors import FluxsplitError, UsageError
+from fluxsplit.conditioning_header import check_prompt_is, check_widths, saved
+from fluxsplit.errors import UsageError
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
 from fluxsplit.memory import check_budget
 from fluxsplit.models import DEMO, Wanted, resolve
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS
-from fluxsplit.safetensor_header import read_header
 from fluxsplit.sample_plan import Plan
 from fluxsplit.sample_run import decoding, run_sample, run_sample_and_taef1
 from fluxsplit.taef1 import find_taef1
@@ -130,6 +129,8 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
     _check_demo(given, wanted)
     need = ("transformer",) if values.get("conditioning") else ("transformer", "t5", "clip")
     files = resolve(wanted, need)
+    if values.get("conditioning"):
+        check_widths(images[0].conditioning, part(files.transformer, "transformer"))
     notes += _found_notes(files, wanted)
     texts, kept = _texts_to_encode(images, values)
     peek = bool(values.get("peek", False))
@@ -234,39 +235,12 @@ def _conditioning_and_prompts(values: dict[str, Any], cfg: float) -> tuple[str, 
         if values.get("save_conditioning") and len(prompts) > 1:
             raise UsageError(f"--save-conditioning keeps one prompt, {len(prompts)} are given", "give one prompt")
         return "", prompts
-    conditioning = Path(values["conditioning"]).expanduser()
-    if cfg != 1:
-        raise UsageError(
-            f"--cfg {cfg:g} needs the text encoders for its negative prompt, which --conditioning does without",
-            "drop --cfg, or give the prompt instead of --conditioning",
-        )
-    made_of = conditioning_prompt(conditioning)
+    conditioning, made_of = saved(values["conditioning"], cfg)
     prompts = gather_prompts(given, file) if given or file else [made_of]
     if len(prompts) > 1:
         raise UsageError(f"--conditioning stands for one prompt, {len(prompts)} are given", "give one at most")
-    if made_of and prompts != [made_of]:
-        raise UsageError(
-            f"{conditioning.name} was made of the prompt {made_of[:60]!r}, not of {prompts[0][:60]!r}",
-            "drop --prompt, or --conditioning",
-        )
-    return absolute(conditioning), prompts
-
-
-def conditioning_prompt(file: Path) -> str:
-    """The prompt that a conditioning file says it was made from, empty where it says none.
-
-    Raises UsageError where there is no such file, FluxsplitError where it is no conditioning.
-    """
-    if not file.is_file():
-        raise UsageError(f"--conditioning {file}: there is no such file", "make one with --save-conditioning")
-    header = read_header(file)
-    if not {"t5", "pooled"} <= set(header.tensors):
-        held = ", ".join(name[:40] for name in list(header.tensors)[:4])
-        raise FluxsplitError(f"{file.name} holds {held or 'nothing'}", "a conditioning holds t5 and pooled")
-    with suppress(ValueError, RecursionError):
-        prompt = json.loads(header.metadata.get("prompt", '""'))
-        return check_prompt(prompt) if isinstance(prompt, str) else ""
-    return ""
+    check_prompt_is(made_of, prompts[0], conditioning, "drop --prompt, or --conditioning")
+    return conditioning, prompts
 
 
 def _texts_to_encode(images: list[ImageJob], values: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

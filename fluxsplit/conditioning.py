@@ -30,7 +30,7 @@ def conditioning_bytes(conditioning: Conditioning, prompt: str) -> bytes:
 
 
 def read_conditioning(path: str) -> Conditioning:
-    """The conditioning in a file, as fp32; raises FluxsplitError where it is none."""
+    """The conditioning in a file, as fp32; raises FluxsplitError where it is none, empty or not finite."""
     place = Path(path)
     try:
         if place.stat().st_size > MAX_FILE_BYTES:
@@ -44,4 +44,7 @@ def read_conditioning(path: str) -> Conditioning:
     if t5 is None or pooled is None or t5.ndim != 3 or pooled.ndim != 2 or t5.shape[0] != 1 or pooled.shape[0] != 1:
         found = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise FluxsplitError(f"{place.name} holds {found}", "a conditioning holds t5 [1, T, D] and pooled [1, P]")
+    for name, tensor in (("t5", t5), ("pooled", pooled)):
+        if not tensor.numel() or not bool(tensor.isfinite().all()):
+            raise FluxsplitError(f"{place.name}: {name} is empty or holds NaN or infinity", "encode the prompt again")
     return Conditioning(t5.float(), pooled.float())

@@ -134,7 +134,7 @@ def print_plan(plan: Plan) -> None:
         placed.add_row(*row)
     console.print(placed)
     names = [image["name"] for image in shown["images"]]
-    which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    which = names[0] if names[0] == names[-1] else f"{names[0]} to {names[-1]}"
     pictures = f", pictures into {Path(plan.out).parent}" if plan.images[0].stem else ""
     console.print(Text(f"latents into {plan.out} as {which}{pictures}"), soft_wrap=True)
 

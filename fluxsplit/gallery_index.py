@@ -273,7 +273,11 @@ def _listed(folder: Path, kind: str, secret: bytes) -> dict[str, tuple[str, str,
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.lower().endswith(".png") or _SHEET.fullmatch(entry.name):
+                if (
+                    not entry.name.lower().endswith(".png")
+                    or entry.name.startswith(".")
+                    or _SHEET.fullmatch(entry.name)
+                ):
                     continue
                 if is_plain_name(entry.name) and entry.is_file(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)

@@ -32,21 +32,6 @@ class ModelFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class TextJob:
-    """Encode prompts with T5 and CLIP; each result is a conditioning file (safetensors: t5, pooled)."""
-
-    prompts: tuple[str, ...]
-    outputs: tuple[str, ...]
-    """One path for each prompt."""
-    text_encoder: str
-    clip: str
-    t5_tokenizer: str
-    clip_tokenizer: str
-    device: str
-    vram: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
 class ImageJob:
     """One picture to sample. None stands for the model's own default."""
 
@@ -98,6 +83,23 @@ class SampleJob:
     """Memory that may be used: `8G`, `75%` of what is free, or `auto`."""
     retried: str = ""
     """The plan that ran out of memory before this one, for people; empty at the first try."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextJob:
+    """Encode prompts with T5 and CLIP; each result is a conditioning file (safetensors: t5, pooled)."""
+
+    prompts: tuple[str, ...]
+    outputs: tuple[str, ...]
+    """One path for each prompt."""
+    text_encoder: str
+    clip: str
+    t5_tokenizer: str
+    clip_tokenizer: str
+    device: str
+    vram: str = "auto"
+    then: SampleJob | None = None
+    """What is sampled with them; refused before anything is encoded, if the memory does not suffice for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +220,18 @@ def job_from_json(stage: str, text: str) -> Job:
     if stage in ("encode", "upscale"):
         return STAGES[stage](**{**table, "images": tuple(table["images"])})
     if stage == "sample":
-        table["files"] = ModelFiles(**table["files"])
-        table["images"] = tuple(_image(image) for image in table["images"])
+        return _sample_job(table)
+    if stage == "text" and table["then"] is not None:
+        table["then"] = _sample_job(table["then"])
     for name in ("prompts", "outputs", "latents"):
         if name in table:
             table[name] = tuple(table[name])
     return STAGES[stage](**table)
+
+
+def _sample_job(table: dict[str, Any]) -> SampleJob:
+    files, images = ModelFiles(**table["files"]), tuple(_image(image) for image in table["images"])
+    return SampleJob(**{**table, "files": files, "images": images})
 
 
 def _image(table: dict[str, Any]) -> ImageJob:

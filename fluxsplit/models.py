@@ -165,7 +165,9 @@ def _find(kind: str, wanted: Wanted, model: Path | None, transformer: Part | Non
         names = ", ".join(str(path) for path in rivals[:4])
         raise ModelFileMissing(f"{len(rivals)} files hold a {_TITLES[kind]}: {names}", f"name one with {_FLAGS[kind]}")
     where = f" in {_listed(looked)}" if looked else ""
-    raise ModelFileMissing(f"no {_TITLES[kind]} found{where}", f"{_PUBLISHED[kind]}; name it with {_FLAGS[kind]}")
+    without = ", or give a prompt that is encoded already by --conditioning" if kind in ("t5", "clip") else ""
+    hint = f"{_PUBLISHED[kind]}; name it with {_FLAGS[kind]}{without}"
+    raise ModelFileMissing(f"no {_TITLES[kind]} found{where}", hint)
 
 
 def _groups(

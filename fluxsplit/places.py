@@ -88,6 +88,11 @@ def extra_model_paths(file: Path) -> dict[str, list[Path]]:
     return folders
 
 
+def is_hidden(file: Path) -> bool:
+    """Whether a name begins with a dot, as `._x.safetensors` that macOS puts beside `x.safetensors` on other disks."""
+    return file.name.startswith(".")
+
+
 def weight_files(folder: Path, depth: int = MAX_DEPTH, suffixes: tuple[str, ...] = WEIGHT_SUFFIXES) -> Iterator[Path]:
     """Weight files in a folder and, down to `depth`, below it, sorted; links are followed as ComfyUI does."""
     count = 0
@@ -96,9 +101,10 @@ def weight_files(folder: Path, depth: int = MAX_DEPTH, suffixes: tuple[str, ...]
         if len(Path(current).relative_to(folder).parts) >= depth:
             below.clear()
         for name in sorted(names):
-            if name.lower().endswith(suffixes) and count < MAX_FILES:
+            file = Path(current) / name
+            if name.lower().endswith(suffixes) and not is_hidden(file) and count < MAX_FILES:
                 count += 1
-                yield Path(current) / name
+                yield file
 
 
 def hugging_face_hub(environment: Mapping[str, str]) -> Path:

@@ -1,7 +1,11 @@
 """How fast this device multiplies, attends, expands, copies and reads, measured in a moment on the shapes that come.
 
-A table of graphics cards would be wrong for the next one, and for every laptop that runs hot. A third of a second at
-the start of a step that takes several is what a prediction costs instead.
+A table of graphics cards would be wrong for the next one, and for every laptop that runs hot. Half a second at the
+start of a step that takes several is what a prediction costs instead.
+
+On a shared machine somebody else's work beside ours, as on the other thread of a core, halves a rate for some tenths
+of a second, now and then for seconds. So nothing is measured at one go: rates take turns, and each one's quickest turn
+counts.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
 from fluxsplit.weights import WeightFile
 
-MEASURE_S, SAMPLES, SAMPLE_S = 0.05, 3, 0.03
-"""For each rate: at least so long, and so many samples of this length: one run alone is at the mercy of others."""
+SAMPLES, SAMPLE_S = 5, 0.03
+"""Turns of each rate, and their length."""
 MAX_TOKENS, MAX_CARD_TOKENS = 512, 4096
 """A card is not busy with few."""
 BUS_BYTES = 32 << 20
-FEED_BYTES = 256 << 20
-"""At most so much is copied, to learn how fast that is."""
+FEED_BYTES, FEED_SAMPLES = 256 << 20, 4
+"""At most so much is copied, so often, to learn how fast that is."""
 QUERY_CHUNK = 512
 DISK_BYTES, DISK_S = 64 << 20, 0.3
 """At most so much is read, and for no longer, to learn how fast a disk is."""
@@ -58,21 +62,26 @@ def _with_rates(
     if device.type == "cpu":  # as a matrix comes there, and no more memory than the step will take
         outputs = max(1, min(outputs, CPU_PIECE_BYTES // (hidden * dtype.itemsize)))
     x, matrix, bias = (_values(shape, dtype, device) for shape in ((rows, hidden), (outputs, hidden), (outputs,)))
-    products_s = _seconds(lambda: F.linear(x, matrix, bias), device)
     head = min(head, hidden)
     heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head)
-    attention_s = _seconds(lambda: _attend(heads, info.fused_attention), device)
     wide = _values((rows, hidden), torch.float32, device)
-    mixed_s = _seconds(lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x, device)
-    codes = torch.zeros(outputs, hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    expand_s = _seconds(lambda: fp8.expand_into(codes, matrix), device)
+    codes = matrix.to(torch.float8_e4m3fn)  # which the matrix then is expanded from: random ones as well
+    copy = {} if device.type == "cpu" else {"bus": _bus_copy(device)}
+    run_s = _seconds(
+        device,
+        products=lambda: F.linear(x, matrix, bias),
+        attention=lambda: _attend(heads, info.fused_attention),
+        mixed=lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x,
+        expansion=lambda: fp8.expand_into(codes, matrix),
+        **copy,
+    )
     return replace(
         info,
-        flops_per_s=2 * rows * hidden * outputs / products_s,
-        attention_flops_per_s=4 * rows**2 * hidden / attention_s,
-        expand_elements_per_s=outputs * hidden / expand_s,
-        elementwise_per_s=rows * hidden / mixed_s,
-        bus_bytes_per_s=None if device.type == "cpu" else _bus(device),
+        flops_per_s=2 * rows * hidden * outputs / run_s["products"],
+        attention_flops_per_s=4 * rows**2 * hidden / run_s["attention"],
+        expand_elements_per_s=outputs * hidden / run_s["expansion"],
+        elementwise_per_s=rows * hidden / run_s["mixed"],
+        bus_bytes_per_s=BUS_BYTES / run_s["bus"] if copy else None,
     )
 
 
@@ -89,7 +98,7 @@ def feed_bytes_per_s(path: str, readers: int) -> float | None:
     buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(readers)]
     best_s = math.inf
     with contextlib.closing(reads):
-        for _ in range(SAMPLES + 1):  # the first may read from the disk
+        for _ in range(FEED_SAMPLES):  # the first may read from the disk
             started_s, begun = time.perf_counter(), deque[Read]()
             for number in range(pieces):
                 if number >= readers:
@@ -142,33 +151,39 @@ def _attend(heads: torch.Tensor, fused: bool) -> torch.Tensor:
     return attend(heads, heads, heads)
 
 
-def _bus(device: torch.device) -> float:
+def _bus_copy(device: torch.device) -> Callable[[], object]:
+    """Copies `BUS_BYTES` to the card, out of pinned memory where that is to be had."""
     try:
         here = torch.empty(BUS_BYTES, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:
         here = torch.empty(BUS_BYTES, dtype=torch.uint8)
     there = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
-    return BUS_BYTES / _seconds(lambda: there.copy_(here, non_blocking=True), device)
+    return lambda: there.copy_(here, non_blocking=True)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The quickest of several samples of a few runs each, the first run not counted.
+def _seconds(device: torch.device, **runs: Callable[[], object]) -> dict[str, float]:
+    """Seconds that one run of each takes, by the quickest of several samples of a few runs, the first run not counted.
 
-    On a CPU its seconds divided by the threads, so that a busy machine does not look like a slow one. What other
-    threads have used the kernel adds up some hundred times a second only, so that a sample has to be longer than that.
+    On a CPU its seconds divided by the threads, so that a busy machine does not look like a slow one.
     """
+    for run in runs.values():
+        run()
+    best = dict.fromkeys(runs, math.inf)
+    for name in [*runs] * SAMPLES:
+        best[name] = min(best[name], _sample_s(runs[name], device))
+    return {name: max(sample_s, 1e-9) for name, sample_s in best.items()}
+
+
+def _sample_s(run: Callable[[], object], device: torch.device) -> float:
+    """What other threads have used is added up some hundred times a second only: a sample is longer than that."""
     clock, share = (time.process_time, torch.get_num_threads()) if device.type == "cpu" else (time.perf_counter, 1)
-    best, began_s, samples = math.inf, time.perf_counter(), 0
-    run()
-    while samples < SAMPLES or time.perf_counter() - began_s < MEASURE_S:
+    _wait(device)
+    started_s, began_s, runs = clock(), time.perf_counter(), 0
+    while not runs or time.perf_counter() - began_s < SAMPLE_S:
+        run()
+        runs += 1
         _wait(device)
-        started_s, sample_s, runs = clock(), time.perf_counter(), 0
-        while not runs or time.perf_counter() - sample_s < SAMPLE_S:
-            run()
-            runs += 1
-            _wait(device)
-        best, samples = min(best, (clock() - started_s) / share / runs), samples + 1
-    return max(best, 1e-9)
+    return (clock() - started_s) / share / runs
 
 
 def _wait(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from fluxsplit.arguments import check_choice
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.conditioning_cache import Encoders
+from fluxsplit.conditioning_header import check_prompt_is, check_widths, saved
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
 from fluxsplit.fingerprint import file_sha256, stamp_of
 from fluxsplit.found import read_found
@@ -86,7 +87,11 @@ def _order(source: Path, values: Mapping[str, Any]) -> Order:
     keeping = Keeping("same") if repeats else keeping_of(found, values, size, told)
     record = record_of(source)
     latent = _latent(source, found, record, keeping)
-    files, encoders = _text_files(found, values, wanted, transformer, images)
+    if values.get("conditioning"):
+        images = [_encoded(image, values["conditioning"], transformer) for image in images]
+        files, encoders = transformer, None
+    else:
+        files, encoders = _text_files(found, values, wanted, transformer, images)
     dtype = found.recipe.dtype if repeats and found.recipe is not None and not values.get("dtype") else ""
     return Order(
         source=source,
@@ -133,6 +138,14 @@ def _wanted(found: FoundRecipe, values: Mapping[str, Any], told: Told) -> Wanted
     return replace(wanted, model=name)
 
 
+def _encoded(image: ImageJob, conditioning: str, files: ModelFiles) -> ImageJob:
+    """The image with the conditioning of `--conditioning`, if that is its prompt's and the model's."""
+    path, made_of = saved(conditioning, image.cfg)
+    check_prompt_is(made_of, image.prompt, path, "drop --conditioning, or name the one of this prompt")
+    check_widths(path, part(files.transformer, "transformer"))
+    return replace(image, conditioning=path)
+
+
 def _text_files(
     found: FoundRecipe, values: Mapping[str, Any], wanted: Wanted, transformer: ModelFiles, images: Sequence[ImageJob]
 ) -> tuple[ModelFiles, Encoders | None]:
@@ -160,8 +173,9 @@ def _tokenizers(wanted: Wanted, files: ModelFiles) -> str:
 
 def texts_of(images: Iterable[ImageJob]) -> list[str]:
     """The texts that are encoded for some images, each once."""
+    encoded = [image for image in images if not image.conditioning]
     texts = [
-        text for image in images for text in ((image.prompt, image.negative) if image.cfg != 1 else (image.prompt,))
+        text for image in encoded for text in ((image.prompt, image.negative) if image.cfg != 1 else (image.prompt,))
     ]
     return list(dict.fromkeys(texts))
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.arguments import is_overview, named, read_names
+from fluxsplit.arguments import is_passed_over, named, read_names
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.latents import SUFFIXES, read_latent
 from fluxsplit.metadata import ImageRecord, as_rendered, read_record
@@ -40,7 +40,11 @@ def _named(word: str, note: Callable[[str], None]) -> list[Path]:
     path = Path(word).expanduser()
     if path.is_dir():
         suffixes = (*_PICTURES, *SUFFIXES.values())
-        held = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and not is_overview(file))
+        try:
+            files = sorted(path.iterdir())
+        except OSError:
+            return [path]  # its reader says so, and the others go on
+        held = [file for file in files if file.suffix.lower() in suffixes and not is_passed_over(file)]
         if not held:
             raise UsageError(f"{path} holds no picture and no latent", f"they end in {', '.join(suffixes)}")
         rendered = as_rendered(held)
@@ -51,7 +55,7 @@ def _named(word: str, note: Callable[[str], None]) -> list[Path]:
     matching = named(word)
     if matching == [path]:
         return matching
-    return [file for file in matching if file.is_file() and not is_overview(file)]
+    return [file for file in matching if file.is_file() and not is_passed_over(file)]
 
 
 def _picked(folder: Path) -> list[Path]:

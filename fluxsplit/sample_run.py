@@ -67,12 +67,12 @@ def run_sample(plan: Plan, progress: Progress, on_result: Callable[[dict[str, An
         }
         text_stage = stack.enter_context(StageProcess("text")) if places else None
         sample_stage = stack.enter_context(StageProcess("sample"))
+        job = _sample_job(plan, ready | places)
         if text_stage is not None:
-            for event in events_with_retry(text_stage, _text_job(plan, places), progress.note):
+            for event in events_with_retry(text_stage, _text_job(plan, places, job), progress.note):
                 if event["event"] != "result":
                     progress.show(event)
         unkept = {} if _keep(plan, places) else places
-        job = _sample_job(plan, ready | places)
         sizes = [(image.width, image.height) for image in plan.images]
         events = events_with_retry(sample_stage, job, progress.note)
         for event in timed(events, plan.files.transformer, sizes):
@@ -106,7 +106,7 @@ def _keep(plan: Plan, places: dict[str, str]) -> bool:
     return True
 
 
-def _text_job(plan: Plan, places: dict[str, str]) -> TextJob:
+def _text_job(plan: Plan, places: dict[str, str], then: SampleJob) -> TextJob:
     files = plan.files
     return TextJob(
         tuple(places),
@@ -117,6 +117,7 @@ def _text_job(plan: Plan, places: dict[str, str]) -> TextJob:
         files.clip_tokenizer,
         plan.device,
         plan.vram,
+        then,
     )
 
 

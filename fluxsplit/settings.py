@@ -205,11 +205,19 @@ _ONCE: dict[str, dict[str, Reader]] = {
         "prompt": _texts,
         "seed": _seeds,
         "count": _integer,
+        "conditioning": _text,
         **{name: _SAMPLE[name] for name in _RECIPE},
         "dry_run": _switch,
         "json": _switch,
     },
-    "preview": {"prompt": _texts, "prompt_file": _text, "seed": _seeds, "dry_run": _switch, "json": _switch},
+    "preview": {
+        "prompt": _texts,
+        "prompt_file": _text,
+        "seed": _seeds,
+        "conditioning": _text,
+        "dry_run": _switch,
+        "json": _switch,
+    },
     "decode": {"latents": _texts, "dry_run": _switch, "json": _switch},
     "encode": {"pictures": _texts, "size": _text, "dry_run": _switch, "json": _switch},
     "upscale": {"pictures": _texts, "dry_run": _switch, "json": _switch},
@@ -226,10 +234,24 @@ def defaults(command: str, environment: Mapping[str, str], folder: Path | None =
     Raises UsageError for a key that is not known and a value that cannot be used, naming where it stands.
     """
     values: Values = {}
-    for file in (user_config(environment), (folder or Path.cwd()) / "fluxsplit.toml"):
-        if file.is_file():
-            values |= _of_command(command, _read_tables(file))
+    for file in _files(environment, folder):
+        values |= _of_command(command, _read_tables(file))
     return values | _of_command(command, _environment_tables(environment))
+
+
+def set_in(command: str, key: str, environment: Mapping[str, str], folder: Path | None = None) -> str:
+    """Where the value that `defaults` has for a key was set: a variable's name or a file's; empty for nowhere."""
+    for variable in (f"{PREFIX}{command}_{key}".upper(), f"{PREFIX}{key}".upper()):
+        if variable in environment:
+            return variable
+    files = [file for file in _files(environment, folder) if key in _of_command(command, _read_tables(file))]
+    return str(files[-1]) if files else ""
+
+
+def _files(environment: Mapping[str, str], folder: Path | None) -> list[Path]:
+    """The settings files that there are, the nearest last."""
+    files = user_config(environment), (folder or Path.cwd()) / "fluxsplit.toml"
+    return [file for file in files if file.is_file()]
 
 
 def read_workflow(file: Path) -> tuple[str, Values]:

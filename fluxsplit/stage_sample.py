@@ -21,22 +21,24 @@ from fluxsplit.beside import thread_beside
 from fluxsplit.checkpoint import Contents, Part
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.conditioning_cache import stamps_in
-from fluxsplit.device import DTYPE_NAMES, device_name, pick_device, pick_dtype
+from fluxsplit.conditioning_header import check_widths
+from fluxsplit.device import DTYPE_NAMES, device_name
 from fluxsplit.errors import FluxsplitError, OutOfMemory, ends_all, is_out_of_memory
 from fluxsplit.events import Events
 from fluxsplit.fingerprint import weights_stamp
+from fluxsplit.job_plan import pick_device_and_dtype, plan_job, tell_plan
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
 from fluxsplit.latent_space import LatentSpace, latent_space
 from fluxsplit.lockstep import Picture, sample_together
 from fluxsplit.memory_plan import MemoryPlan, smaller_budget
 from fluxsplit.peek import write_peek
 from fluxsplit.peek_steps import LivePeek
-from fluxsplit.placement import Placed, place, plan_job, tell_plan
+from fluxsplit.placement import Placed, place
 from fluxsplit.recipe import LATENT_CHANNELS, VAE_FACTOR, Recipe, WeightsStamp
 from fluxsplit.schedule import from_sigma
 from fluxsplit.schedule import sigmas as scheduled_sigmas
 from fluxsplit.starting_point import starting_point
-from fluxsplit.transformer import Flux, check_conditioning
+from fluxsplit.transformer import Flux
 from fluxsplit.weights import WeightFiles
 from fluxsplit.work import PREPARED_TOGETHER
 
@@ -46,6 +48,7 @@ _VERSIONED = ("fluxsplit", "torch", "diffusers", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class _Model:
+    part: Part
     flux: Flux
     files: WeightFiles
     placed: Placed
@@ -82,9 +85,7 @@ def _out_of_memory(error: Exception, plan: MemoryPlan) -> OutOfMemory:
 
 
 def _device_and_dtype(job: SampleJob) -> tuple[torch.device, torch.dtype]:
-    device = pick_device(job.device)
-    contents = checkpoint.describe(job.files.transformer)
-    dtype = pick_dtype(job.dtype, device, contents.parts["transformer"].parameters)
+    device, dtype = pick_device_and_dtype(job)
     if not fp8.self_test(device, dtype):
         raise FluxsplitError(
             f"{device_name(device)} does not expand float8 exactly in {DTYPE_NAMES[dtype]}", "try another --dtype"
@@ -111,7 +112,7 @@ def _load(
         path: hashing.submit(weights_stamp, path)
         for path in {job.files.transformer, job.files.text_encoder, job.files.clip} - {""}
     }
-    return _Model(flux, files, placed, contents, latent_space(vae_config), stamps)
+    return _Model(part, flux, files, placed, contents, latent_space(vae_config), stamps)
 
 
 def _shape(recipe: Recipe) -> tuple[int, int, int, int]:
@@ -130,7 +131,7 @@ def _prepare(model: _Model, job: SampleJob, numbers: Sequence[int]) -> None:
         texts = [image.conditioning, *([image.negative_conditioning] if image.cfg != 1 else [])]
         with suppress(FluxsplitError):  # told when its picture is made
             recipe = _recipe(model, image)
-            pooled |= {text: _conditioning(model.flux, text).pooled for text in texts if text not in pooled}
+            pooled |= {text: _conditioning(model.part, text).pooled for text in texts if text not in pooled}
             times += [(sigma, recipe.guidance, pooled[text]) for text in texts for sigma in recipe.sigmas if sigma > 0]
     if model.flux.is_prepared(times):
         return
@@ -172,8 +173,8 @@ def _reporting(job: SampleJob, number: int, events: Events) -> Iterator[None]:
 
 def _picture(model: _Model, image: ImageJob) -> Picture:
     recipe = _recipe(model, image)
-    conditioning = _conditioning(model.flux, image.conditioning)
-    negative = _conditioning(model.flux, image.negative_conditioning) if image.cfg != 1 else None
+    conditioning = _conditioning(model.part, image.conditioning)
+    negative = _conditioning(model.part, image.negative_conditioning) if image.cfg != 1 else None
     preview = latents.read_latent(image.start_latent) if image.start_latent else None
     return Picture(recipe, conditioning, negative, starting_point(recipe, preview, model.space))
 
@@ -224,10 +225,9 @@ class _Told:
             self._done, self._since_s = done, now_s
 
 
-def _conditioning(flux: Flux, path: str) -> Conditioning:
-    conditioning = read_conditioning(path)
-    check_conditioning(flux, conditioning, Path(path).name)
-    return conditioning
+def _conditioning(part: Part, path: str) -> Conditioning:
+    check_widths(path, part)
+    return read_conditioning(path)
 
 
 def _recipe(model: _Model, image: ImageJob) -> Recipe:

@@ -11,6 +11,7 @@ from fluxsplit.conditioning import Conditioning, conditioning_bytes
 from fluxsplit.device import device_info, keep_within, pick_device
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.events import Events
+from fluxsplit.job_plan import check_fits
 from fluxsplit.jobs import TextJob
 from fluxsplit.memory import budget_bytes, free_ram_bytes
 from fluxsplit.memory_plan import readers_of
@@ -25,7 +26,9 @@ CACHE_SHARE = 0.4
 
 
 def run(job: TextJob, events: Events) -> None:
-    """Encode `job.prompts` into `job.outputs`."""
+    """Encode `job.prompts` into `job.outputs`, unless what they are for would not fit."""
+    if job.then is not None:
+        check_fits(job.then)
     t5, clip = checkpoint.part(job.text_encoder, "t5"), checkpoint.part(job.clip, "clip")
     tokens, total = T5Tokens(t5, job.t5_tokenizer), 2 * len(job.prompts)
     device = _device(job, plan_text(t5, clip, [len(tokens.of(prompt)) for prompt in job.prompts]), events)

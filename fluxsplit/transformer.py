@@ -7,7 +7,6 @@ and cropped. And the order in which blocks are brought in belongs to whoever loa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -220,18 +219,3 @@ def _dimensions(part: Part) -> dict[str, object]:
         "guidance_embeds": variant_of(part) == "dev",
         "axes_dims_rope": axes,
     }
-
-
-def check_conditioning(flux: Flux, conditioning: Conditioning, name: str) -> None:
-    """Refuse a conditioning that does not fit the transformer, or is not finite."""
-    module = flux.module
-    want = {"t5": module.context_embedder.stored.shape[1]}
-    want["pooled"] = module.time_text_embed.text_embedder.linear_1.stored.shape[1]
-    for key, tensor in (("t5", conditioning.t5), ("pooled", conditioning.pooled)):
-        if tensor.shape[-1] != want[key]:
-            raise FluxsplitError(
-                f"{name}: {key} is {list(tensor.shape)}, this transformer takes a width of {want[key]}",
-                "it was made with text encoders of another model",
-            )
-        if not bool(tensor.isfinite().all()) or math.prod(tensor.shape) == 0:
-            raise FluxsplitError(f"{name}: {key} is empty or holds NaN or infinity", "encode the prompt again")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.conditioning_header import length_of
 from fluxsplit.jobs import ImageJob
-from fluxsplit.safetensor_header import read_header
 
 PREPARED_TOGETHER = 4
 """Pictures whose modulations are computed in one pass over the matrices, where fewer advance together."""
@@ -54,10 +52,7 @@ def _steps(image: ImageJob) -> int:
 def text_tokens(conditioning: str) -> int:
     """Of a conditioning file; where it cannot be read, which is reported when its picture is made, and where there is
     none yet, as many as T5's shortest text is padded to."""
-    if conditioning:
-        with contextlib.suppress(FluxsplitError, KeyError, IndexError):
-            return read_header(conditioning).tensors["t5"].shape[1]
-    return MIN_TEXT_TOKENS
+    return (length_of(conditioning) if conditioning else None) or MIN_TEXT_TOKENS
 
 
 def tokens_of(width: int, height: int, text_tokens: int) -> int:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import synthetic_checkpoint
 from fluxsplit import stage_sample
 from fluxsplit.events import Events
+from fluxsplit.job_plan import plan_job
 from fluxsplit.jobs import ImageJob, ModelFiles, SampleJob
-from fluxsplit.placement import plan_job
 from synthetic_checkpoint import TINY, Dimensions
 
 CONFIG = {"fluxsplit.config": json.dumps({"transformer": {"axes_dims_rope": [8, 12, 12]}})}

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxsplit import attention, placement
+from fluxsplit import attention, job_plan
 from fluxsplit.attention import (
     BlockAttention,
     attend,
@@ -172,7 +172,7 @@ def test_without_a_fused_kernel_the_stage_computes_in_chunks(tmp_path: Path, mon
     image = small_flux.image(small_flux.write_conditioning(tmp_path / "c.safetensors", 1))
     (fused,), told = small_flux.sample(path, [image], tmp_path / "fused")
     assert told.of("plan")[0]["query_chunk"] is None
-    monkeypatch.setattr(placement, "has_fused_attention", lambda *arguments: False)
+    monkeypatch.setattr(job_plan, "has_fused_attention", lambda *arguments: False)
     seen: list[int] = []
     monkeypatch.setattr(
         attention,

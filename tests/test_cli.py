@@ -20,7 +20,7 @@ import pytest
 from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, write
 
 from fluxsplit import cli, models, sample_run
-from fluxsplit.arguments import gather_files, prompt_warnings
+from fluxsplit.arguments import files_in, gather_files, named, prompt_warnings
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
 from fluxsplit.settings import WORKFLOW
@@ -274,6 +274,7 @@ def test_missing_model_files_exit_with_3(run: Run, tmp_path: Path) -> None:
     assert run("sample", "-p", "a", "-m", "nope.safetensors").code == 3
     ran = run("sample", "-p", "a", "-m", write(tmp_path / "t.safetensors", transformer()))
     assert ran.code == 3 and "comfyanonymous/flux_text_encoders" in ran.err and ran.log == []
+    assert "encoded already by --conditioning" in ran.err
 
 
 def conditioning_file(path: Path, prompt: str = "a fox") -> Path:
@@ -296,6 +297,31 @@ def test_a_conditioning_needs_no_text_stage(run: Run, tmp_path: Path) -> None:
 def test_what_is_no_conditioning(run: Run, tmp_path: Path) -> None:
     ran = run("sample", "--conditioning", write(tmp_path / "c.safetensors", vae()))
     assert ran.code == 1 and "a conditioning holds t5 and pooled" in ran.err
+
+
+@pytest.mark.parametrize("shapes", [{"t5": (1, 8, 2048), "pooled": (1, 768)}, {"t5": (1, 8, 4096), "pooled": (1,)}])
+def test_a_conditioning_of_another_model_is_refused_before_anything_starts(
+    run: Run, tmp_path: Path, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    model, file = write(tmp_path / "t.safetensors", transformer()), write(tmp_path / "c.safetensors", shapes, "F32")
+    for words in ([], ["--dry-run"]):
+        ran = run("sample", "-m", model, "--conditioning", file, "-p", "a", *words)
+        assert ran.code == 1 and "this transformer takes a width of" in ran.err and not ran.log
+
+
+def test_previews_of_a_conditioning(run: Run, tmp_path: Path) -> None:
+    model = write(tmp_path / "t.safetensors", transformer())
+    file = conditioning_file(tmp_path / "c.safetensors")
+    ran = run("preview", "-m", model, "--conditioning", file, "-n", "2", "--vae", "demo")
+    assert {(image["prompt"], image["conditioning"]) for image in ran.images} == {("a fox", str(file))}
+    assert "text" not in {entry["stage"] for entry in ran.log}
+
+
+def test_the_text_stage_knows_what_comes_after_it(run: Run) -> None:
+    """So that it can refuse what would not fit, before it encodes."""
+    ran = run("sample", "-p", "a", "--size", "64x64", "--vram", "2G")
+    assert ran.job("text")["then"] == ran.job("sample")
+    assert ran.job("text")["then"]["images"][0]["conditioning"] == ran.job("text")["outputs"][0]
 
 
 def test_save_conditioning(run: Run, home: Path) -> None:
@@ -663,6 +689,30 @@ def test_workflow_files(run: Run, home: Path) -> None:
     assert (ran.code, "did you mean latents?" in ran.err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("command", "setting", "says"),
+    [
+        ("sample", 'vram = "8X"', "--vram '8X' is not an amount of memory (set in {file}); write"),
+        ("sample", 'scheduler = "fast"', "--scheduler 'fast' is not one of"),
+        ("sample", 'size = "big"', "size 'big' is not WIDTHxHEIGHT (set in {file}); write"),
+        ("sample", 'model = "nope.safetensors"', "--model nope.safetensors: there is no such file or folder (set in"),
+        ("decode", 'vae-dtype = "fp8"', "--vae-dtype 'fp8' is not one of"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_told_with_its_place(
+    run: Run, home: Path, command: str, setting: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, key = home / "fluxsplit.toml", setting.partition(" ")[0]
+    file.write_text(f"[{command}]\n{setting}\n")
+    words = ["-p", "a"] if command == "sample" else [str(write(home / "x.pt", vae()))]
+    ran = run(command, *words)
+    assert ran.code in (2, 3) and says.format(file=file) in ran.err and f"(set in {file})" in ran.err, ran.err
+    flag = run(command, *words, f"--{key}", "wrong")
+    assert flag.code in (2, 3) and "set in" not in flag.err
+    monkeypatch.setenv(f"FLUXSPLIT_{command}_{key.replace('-', '_')}".upper(), "wrong")
+    assert f"(set in FLUXSPLIT_{command.upper()}_" in run(command, *words).err
+
+
 def test_what_may_render_nothing_keeps_no_conditioning(run: Run, home: Path) -> None:
     words = ("sample", "-p", "a", "--save-conditioning", "c.safetensors")
     assert "drop one" in run(*words, "--skip-existing").err
@@ -672,7 +722,7 @@ def test_what_may_render_nothing_keeps_no_conditioning(run: Run, home: Path) -> 
 
 
 def test_a_saved_conditioning_is_not_told_by_a_recipe(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = write(home / "c.safetensors", {"t5": (1, 8, 4), "pooled": (1, 3)}, "F32")
+    kept = conditioning_file(home / "c.safetensors")
     words = ("sample", "--conditioning", kept, "--seed", "1..3")
     refused = run(*words, "--skip-existing")
     assert refused.code == 2 and "a recipe names its prompt only" in refused.err and not refused.log
@@ -713,6 +763,31 @@ def test_a_folder_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
     names = [str(tmp_path), str(tmp_path / "a.pt")]
     assert gather_files(names, in_folder, "latent") == [Path(name) for name in names]
     assert gather_files(names, lambda folder: map(in_folder, [folder]), "latent") == [Path(name) for name in names]
+
+
+def test_hidden_files_are_not_what_a_folder_holds(tmp_path: Path) -> None:
+    """macOS puts `._a.png` beside `a.png` on disks that are not its own, which is no picture."""
+    for name in ("a.png", "._a.png", ".hidden.png"):
+        (tmp_path / name).touch()
+    assert files_in(tmp_path, (".png",), "picture") == [tmp_path / "a.png"]
+    assert named(str(tmp_path / "*.png")) == [tmp_path / "a.png"]
+    assert named(str(tmp_path / "._*.png")) == [tmp_path / "._a.png"], "asked for"
+    assert named(str(tmp_path / "._a.png")) == [tmp_path / "._a.png"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its signals")
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="Ctrl-C is ignored here")
+def test_an_interruption_before_the_command_line_is_there_shows_no_traceback() -> None:
+    """While the first imports run, here as long as a test needs."""
+    slow = "import builtins, time; from fluxsplit import __main__ as m\n"
+    slow += "found = builtins.__import__\n"
+    slow += "def late(name, *more):\n    if name == 'fluxsplit.cli': print('now', flush=True); time.sleep(60)\n"
+    slow += "    return found(name, *more)\nbuiltins.__import__ = late\nm.main()"
+    with subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"now\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (-signal.SIGINT, b"")
 
 
 def test_a_file_where_nobody_may_look_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

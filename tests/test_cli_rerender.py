@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headers import write
+from headers import transformer, write
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_cli import Run, home, run
+from test_cli import Run, conditioning_file, home, run
 
 from fluxsplit import conditioning_cache
 from fluxsplit.fingerprint import file_sha256
@@ -329,3 +330,62 @@ def test_one_bad_picture_does_not_stop_the_rest(run: Run, home: Path) -> None:
     (home / "previews" / "0002.png").write_bytes(b"no picture")
     ran = run("rerender", "--from", "previews", "--scale", "2")
     assert ran.code == 1 and len(ran.out) == 1 and "0002.png" in ran.err
+
+
+def test_a_picture_of_a_conditioning_is_rendered_again_with_it(run: Run, home: Path) -> None:
+    """Where there is no text encoder at all."""
+    model = write(home / "t.safetensors", transformer())
+    source = preview(home / "previews")
+    words = ("rerender", source, "-m", model, "--size", "128x96", "--vae", "demo")
+    assert "no T5 text encoder found" in run(*words).err
+    ran = run(*words, "--conditioning", conditioning_file(home / "c.safetensors"))
+    assert ran.code == 0, ran.err
+    assert ran.images[0]["conditioning"] == str(home / "c.safetensors") and ran.images[0]["prompt"] == "a fox"
+    assert ran.job("sample")["files"]["text_encoder"] == "" and "text" not in {entry["stage"] for entry in ran.log}
+    again = run(*words, "--conditioning", home / "c.safetensors")
+    assert again.out == [str(home / "renders" / "0007-128x96-2.png")], "a recipe does not tell one file from another"
+
+
+def test_a_conditioning_of_something_else_renders_nothing_again(run: Run, home: Path) -> None:
+    model = write(home / "t.safetensors", transformer())
+    words = ("rerender", preview(home / "previews"), "-m", model, "--conditioning")
+    other = run(*words, conditioning_file(home / "c.safetensors", "a dog"))
+    assert other.code == 2 and "was made of the prompt 'a dog', not of 'a fox'" in other.err
+    negative = run(*words, conditioning_file(home / "d.safetensors"), "--cfg", "2")
+    assert negative.code == 2 and "needs the text encoders" in negative.err
+    narrow = run(*words, write(home / "e.safetensors", {"t5": (1, 8, 64), "pooled": (1, 768)}, "F32"))
+    assert narrow.code == 1 and "takes a width of 4096" in narrow.err
+    assert run(*words, "nowhere").code == 2
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_what_could_not_be_decoded_is_not_sampled(run: Run, home: Path, more: list[str]) -> None:
+    model, kept = write(home / "t.safetensors", transformer()), conditioning_file(home / "c.safetensors")
+    for words in (["rerender", str(preview(home / "previews"))], ["preview"]):
+        ran = run(*words, "-m", model, "--conditioning", kept, *more)
+        assert ran.code == 3 and "no VAE found" in ran.err
+        assert "sample" not in {entry["stage"] for entry in ran.log}
+
+
+def test_a_folder_that_cannot_be_read_stops_no_other_picture(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, closed, listed = preview(home / "previews"), home / "closed", Path.iterdir
+    closed.mkdir()
+
+    def iterdir(path: Path) -> Any:
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    ran = run("rerender", "closed", source)
+    assert ran.code == 1 and ran.out == [str(home / "renders" / "0007-64x48.png")]
+    assert "closed" in ran.err and "bug" not in ran.err
+
+
+def test_hidden_files_are_not_rendered_again(run: Run, home: Path) -> None:
+    source = preview(home / "previews")
+    source.with_name("._0007.png").write_bytes(b"what macOS knows of it")
+    ran = run("rerender", "previews")
+    assert ran.code == 0 and [image["prompt"] for image in ran.images] == ["a fox"]

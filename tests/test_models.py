@@ -187,6 +187,14 @@ def test_rivals_are_for_the_person_to_decide(tmp_path: Path) -> None:
     assert resolve_vae(Wanted(model=str(model), vae=str(tmp_path / "v/two.safetensors"))).endswith("two.safetensors")
 
 
+def test_hidden_files_are_no_weights(tmp_path: Path, comfyui: Path) -> None:
+    write(tmp_path / "model" / "flux.safetensors", transformer())
+    for folder in (tmp_path / "model", comfyui / "models/unet"):
+        (folder / "._flux.safetensors").write_bytes(b"\0\5\x16\7")
+    assert Path(checkpoint.part(tmp_path / "model", "transformer").path).name == "flux.safetensors"
+    assert [file.name for file in places.weight_files(comfyui / "models/unet")] == ["flux1-dev-fp8.safetensors"]
+
+
 def test_a_diffusers_folder(tmp_path: Path) -> None:
     root = tmp_path / "FLUX.1-schnell"
     whole = {

@@ -65,4 +65,21 @@ def test_a_sample_is_longer_than_the_kernels_tick(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fluxsplit.rates.time.perf_counter", lambda: now_s)
     monkeypatch.setattr("fluxsplit.rates.time.process_time", cpu_s)
     monkeypatch.setattr("fluxsplit.rates.torch.get_num_threads", lambda: 2)
-    assert _seconds(run, CPU) == pytest.approx(0.001, rel=0.1)
+    assert _seconds(CPU, run=run)["run"] == pytest.approx(0.001, rel=0.1)
+
+
+def test_what_slows_one_turn_of_all_rates_slows_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's work for a tenth of a second, which is one turn of four rates: it is in no rate."""
+    now_s, disturbed_s = 0.0, (1.0, 1.12)
+
+    def run() -> None:
+        nonlocal now_s
+        now_s += 0.003 if disturbed_s[0] <= now_s < disturbed_s[1] else 0.001
+
+    monkeypatch.setattr("fluxsplit.rates.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("fluxsplit.rates.time.process_time", lambda: now_s)
+    monkeypatch.setattr("fluxsplit.rates.torch.get_num_threads", lambda: 1)
+    for begin_s in (0.7, 0.85, 0.95, 0.999):
+        now_s = begin_s
+        assert _seconds(CPU, **dict.fromkeys("abcd", run)) == pytest.approx(dict.fromkeys("abcd", 0.001)), begin_s
+        assert now_s > disturbed_s[1] or begin_s < 0.8

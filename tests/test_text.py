@@ -16,9 +16,9 @@ import torch
 import synthetic_checkpoint
 from fluxsplit import checkpoint, fp8, stage_text, text
 from fluxsplit.conditioning import Conditioning
-from fluxsplit.errors import FluxsplitError
+from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.held_memory import CARD_BASE_BYTES
-from fluxsplit.jobs import TextJob
+from fluxsplit.jobs import ImageJob, SampleJob, TextJob
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.models import demo_files
 from fluxsplit.read_ahead import ReadAhead
@@ -185,6 +185,22 @@ def test_text_goes_to_the_cpu_where_a_card_has_no_room(
 def _job(t5_file: Path, **changes: Any) -> TextJob:
     demo = demo_files()
     return TextJob(("a",), ("",), str(t5_file), demo.clip, demo.t5_tokenizer, demo.clip_tokenizer, "auto", **changes)
+
+
+def test_nothing_is_encoded_for_what_would_not_fit(tmp_path: Path) -> None:
+    demo, output = demo_files(), tmp_path / "out.safetensors"
+    image = ImageJob("a", str(output), 1, 256, 256)
+    files = (demo.text_encoder, demo.clip, demo.t5_tokenizer, demo.clip_tokenizer)
+    for vram, fits in (("20M", False), ("auto", True)):
+        then = SampleJob((image,), demo, str(tmp_path), "pt", "auto", "cpu", vram=vram)
+        job, told = TextJob(("a",), (str(output),), *files, "cpu", then=then), Told()
+        if not fits:
+            with pytest.raises(UsageError, match=r"256x256 needs at least .* the budget is 20 MB"):
+                stage_text.run(job, told)  # type: ignore[arg-type]
+            assert not told and not output.exists()
+        else:
+            stage_text.run(job, told)  # type: ignore[arg-type]
+    assert output.is_file()
 
 
 @pytest.mark.parametrize("part", ["t5", "clip"])
