@@ -120,9 +120,14 @@ def images_of(
 
 def is_repetition(found: FoundRecipe, given: Mapping[str, Any]) -> bool:
     """Whether exactly the picture of a recipe of ours is asked for."""
-    same = found.recipe is not None and new_size(found, given, Told()) == (found.recipe.width, found.recipe.height)
+    recipe = found.recipe
+    if recipe is None or new_size(found, given, Told()) != (recipe.width, recipe.height):
+        return False
+    made_of = recipe.start is None and given.get("keep") in ("seed", "noise")
+    if made_of and not _asks(given, "fit"):  # at its own size there is nothing else to keep
+        given = {name: value for name, value in given.items() if name != "keep"}
     changed = any(_asks(given, name) for name in (*_CHANGES, *_KEEPING, "noise_index"))
-    return same and not changed and given.get("count", 1) == 1
+    return not changed and given.get("count", 1) == 1
 
 
 def _asks(given: Mapping[str, Any], name: str) -> bool:

@@ -4,8 +4,9 @@
     python scripts/bench_plan.py /tmp/short.safetensors
 
 Each point is a run of the real stage in its own process with one thread: its `plan` event against the peak of RssAnon,
-imports included, and against CPU seconds of a warm step (wall seconds of a shared machine say nothing). The last line
-is JSON. Linux only.
+imports included, and against CPU seconds of a warm step (wall seconds of a shared machine say nothing). Where others use
+the machine, a run may meet them while its rates are measured, or while it computes: `--repeat` goes through all points
+several times, and the last lines are each one's medians. The very last is JSON of all runs. Linux only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from bench import Watched, watch_stage
 
@@ -33,7 +37,7 @@ POINTS = (
 )
 
 
-def measure(path: Path, point: tuple[int, int, int, str, float], steps: int) -> dict[str, object]:
+def measure(path: Path, point: tuple[int, int, int, str, float], steps: int) -> dict[str, Any]:
     """One run; predicted and measured side by side."""
     width, height, text_tokens, dtype, cap = point
     args = argparse.Namespace(
@@ -42,7 +46,7 @@ def measure(path: Path, point: tuple[int, int, int, str, float], steps: int) -> 
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         seen: Watched = watch_stage(args, int(cap * 10**9), Path(folder))
-    found: dict[str, object] = {"size": f"{width}x{height}", "text_tokens": text_tokens, "dtype": dtype, "cap_gb": cap}
+    found: dict[str, Any] = {"size": f"{width}x{height}", "text_tokens": text_tokens, "dtype": dtype, "cap_gb": cap}
     if seen.error:
         return {**found, "error": seen.error}
     cpu_s = [after.cpu_s - before.cpu_s for before, after in zip(seen.steps[1:], seen.steps[2:], strict=False)]
@@ -68,13 +72,25 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--points", default="", help="numbers of points, as 0,3; all by default")
+    parser.add_argument("--repeat", type=int, default=1, help="how often to go through them")
     args = parser.parse_args()
-    chosen = [int(word) for word in args.points.split(",") if word] or range(len(POINTS))
-    results = []
-    for number in chosen:
-        results.append(measure(args.path, POINTS[number], args.steps))
-        print(results[-1], file=sys.stderr, flush=True)
-    print(json.dumps(results))
+    chosen = [int(word) for word in args.points.split(",") if word] or list(range(len(POINTS)))
+    results: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for number in chosen * args.repeat:
+        results[number].append(measure(args.path, POINTS[number], args.steps))
+        print(results[number][-1], file=sys.stderr, flush=True)
+    for number, runs in results.items():
+        print(POINTS[number], *(f"{name} {_median_of(runs, name)}" for name in MEDIANS), sep="  ")
+    print(json.dumps([run for runs in results.values() for run in runs]))
+
+
+MEDIANS = ("predicted_peak_bytes", "peak_bytes", "peak_ratio", "predicted_step_s", "step_cpu_s", "step_ratio")
+
+
+def _median_of(runs: list[dict[str, Any]], name: str) -> str:
+    """The median of a figure, and all of it."""
+    values = [run[name] for run in runs if run.get(name)]
+    return f"{median(values):g} of {values}" if values else "unknown"
 
 
 if __name__ == "__main__":

@@ -80,7 +80,10 @@ def test_nothing_changed_repeats_every_setting(run: Run, home: Path) -> None:
     assert "seed 7" in ran.err and "nothing is changed" in ran.err
 
 
-@pytest.mark.parametrize("words", [["--fit", "centre"], ["--low-frequency-guidance", "0"], ["--count", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--fit", "centre"], ["--low-frequency-guidance", "0"], ["--count", "1"], ["--keep", "noise"], ["--keep", "seed"]],
+)
 def test_a_flag_that_asks_for_nothing_changes_nothing(run: Run, home: Path, words: list[str]) -> None:
     (image,) = run("rerender", "--from", preview(home / "previews"), *words).images
     assert image["start"] is None and image["recorded_sigmas"] == [1.0, 0.4, 0.0]
