@@ -4,9 +4,9 @@
     python scripts/bench_plan.py /tmp/short.safetensors
 
 Each point is a run of the real stage in its own process with one thread: its `plan` event against the peak of RssAnon,
-imports included, and against CPU seconds of a warm step (wall seconds of a shared machine say nothing). Where others use
-the machine, a run may meet them while its rates are measured, or while it computes: `--repeat` goes through all points
-several times, and the last lines are each one's medians. The very last is JSON of all runs. Linux only.
+imports included, and against CPU seconds of a warm step (wall seconds of a shared machine say nothing). Where others
+use the machine, a run may meet them while its rates are measured, or while it computes: `--repeat` goes through all
+points several times, and the last lines are each one's medians. The very last is JSON of all runs. Linux only.
 """
 
 from __future__ import annotations
