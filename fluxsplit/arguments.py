@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import re
@@ -261,15 +262,27 @@ def named(word: str) -> list[Path]:
         return [path]
     root = Path(path.anchor or ".")
     pattern = path.relative_to(root) if path.anchor else path
-    matching = sorted(file for file in root.glob(str(pattern)) if not is_hidden(file) or is_hidden(pattern))
+    asked = [part for part in pattern.parts if part.startswith(".")]
+
+    def is_asked(file: Path) -> bool:
+        """Hidden files and folders are matched as a shell does it: by a pattern that begins with a dot."""
+        hidden = [part for part in file.relative_to(root).parts if part.startswith(".")]
+        return all(any(fnmatch.fnmatch(part, wanted) for wanted in asked) for part in hidden)
+
+    matching = sorted(filter(is_asked, root.glob(str(pattern))))
     if not matching:
         raise UsageError(f"nothing matches {word}")
     return matching
 
 
+def is_overview(file: Path) -> bool:
+    """Whether a file is a contact sheet or a peek of ours by its name, and not a picture to go on with."""
+    return file.name in ("sheet.png", "peek.png") or file.name.endswith(".peek.png")
+
+
 def is_passed_over(file: Path) -> bool:
-    """Whether a file is nothing to go on with where nobody named it: hidden, or a contact sheet or a peek of ours."""
-    return is_hidden(file) or file.name in ("sheet.png", "peek.png") or file.name.endswith(".peek.png")
+    """Whether a file is nothing to go on with where only its folder was named."""
+    return is_hidden(file) or is_overview(file)
 
 
 def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:

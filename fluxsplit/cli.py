@@ -218,20 +218,24 @@ def _run(command: str, given: dict[str, Any], *, debug: bool) -> int:
         try:
             code = _runner(command)(given, settings, progress)
         except FluxsplitError as error:
-            _say_where_set(error, command, [key for key in settings if key not in given])
+            _say_where_set(error, command, {key: value for key, value in settings.items() if key not in given})
             raise
         if progress.failures > 1:
             progress.note(f"{progress.failures} failed")
         return code
 
 
-def _say_where_set(error: FluxsplitError, command: str, keys: Sequence[str]) -> None:
-    """Add to what begins with the name of a setting, as in `--vram '8X' is`, where that was set, if by no flag."""
+def _say_where_set(error: FluxsplitError, command: str, settings: dict[str, Any]) -> None:
+    """Add to what names a setting and its value, as in `x.png: --vram '8X' is`, where that was set, if by no flag."""
     from fluxsplit.settings import set_in  # noqa: PLC0415
 
-    begun = re.match(r"(?:--)?([a-z]+(?:-[a-z]+)*)\b", error.message)
+    begun = re.match(r"(?:(?:.*: )?--)?([a-z]+(?:-[a-z]+)*) ", error.message)
     key = begun[1].replace("-", "_") if begun else ""
-    if key in keys and (place := set_in(command, key, os.environ)):
+    if key not in settings:
+        return
+    value = settings[key]
+    shown = (str(value), f"{value:g}" if isinstance(value, float) else "")
+    if any(text and text in error.message for text in shown) and (place := set_in(command, key, os.environ)):
         error.message += f" (set in {place})"
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable
-from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
+from fluxsplit.arguments import (
+    check_choice,
+    check_device,
+    check_names_differ,
+    files_in,
+    gather_files,
+    is_passed_over,
+    out_folder,
+)
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, enlarge, enlarging
 from fluxsplit.errors import FluxsplitError, UsageError
@@ -131,7 +139,7 @@ class _Vaes:
     def __init__(self, given: dict[str, Any], values: dict[str, Any]) -> None:
         self.follows_latents = not (given.get("vae") or given.get("model"))
         """Whether the demo model's latents get its VAE unasked."""
-        self._wanted = wanted_files(values if self.follows_latents else _without_rivals(values, given))
+        self._wanted = wanted_files(without_rivals(values, given))
         self._vae: str | FluxsplitError | None = None
         self._demo_sha256: str | None = None
 
@@ -176,9 +184,9 @@ def _missing(error: FluxsplitError, latent: LatentFile) -> FluxsplitError:
     return error
 
 
-def _without_rivals(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def without_rivals(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A model that is given on the command line is not overruled by a VAE from the settings."""
-    return values if given.get("vae") else {**values, "vae": ""}
+    return {**values, "vae": ""} if given.get("model") and not given.get("vae") else values
 
 
 def gather_latents(names: Sequence[str]) -> list[Path]:
@@ -188,7 +196,8 @@ def gather_latents(names: Sequence[str]) -> list[Path]:
     def in_folder(folder: Path) -> list[Path]:
         """Those of `preview` and `rerender` are in a folder below their pictures'."""
         below = folder / "latents"
-        here = not below.is_dir() or any(file.suffix.lower() in suffixes for file in folder.iterdir())
+        held = (file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+        here = not below.is_dir() or not all(map(is_passed_over, held))
         return files_in(folder if here else below, suffixes, "latent file")
 
     return gather_files(names, in_folder, "latent file to decode")

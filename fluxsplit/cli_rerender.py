@@ -13,12 +13,12 @@ from typing import Any
 from fluxsplit import durable
 from fluxsplit.already_made import Renderer, recipe_of, renderer_of
 from fluxsplit.arguments import check_choice, check_device, gather_prompts, out_folder
-from fluxsplit.cli_decode import plan_decode, require_vae, run_decode
+from fluxsplit.cli_decode import plan_decode, require_vae, run_decode, without_rivals
 from fluxsplit.cli_encode import encode_events
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.cli_upscale import UpscaleOptions, enlarge, enlarging, tell_there
 from fluxsplit.conditioning_cache import Encoders
-from fluxsplit.errors import UsageError
+from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import EncodeJob, ImageJob, ModelFiles, absolute
 from fluxsplit.memory import check_budget
@@ -37,7 +37,7 @@ _DECODING = ("model", "vae", "comfyui", "device", "vram", "vae_dtype")
 
 def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Read, plan, sample and decode; returns the exit code. One that fails does not stop the rest."""
-    values, upscale = defaults | _with_prompt(given), enlarging(given, defaults, progress)
+    values, upscale = without_rivals(defaults | _with_prompt(given), given), enlarging(given, defaults, progress)
     orders = read_orders(gather(values, progress.note), values, progress)
     names = Counter(order.source.name for order in orders)
     for order in orders:
@@ -45,11 +45,10 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
         for line in order.lines:
             progress.note(f"{label}: {line}")
     out = Path(out_folder(values, FOLDER))
+    orders = _decodable(orders, given, defaults, out, progress)
     if not values.get("dry_run"):
         orders = _with_latents(orders, values, out, progress)
     planned = _planned(orders, values, out)
-    for plan in planned.plans:
-        require_vae(given, defaults, plan.files.is_demo)
     if values.get("dry_run"):
         return _show(planned, bool(values.get("json")), progress)
     _tell_made(planned, progress)
@@ -62,6 +61,29 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
     if upscale is not None:
         enlarge(planned.pictures, upscale, progress)
     return 1 if progress.failures else 0
+
+
+def _decodable(
+    orders: list[Order], given: dict[str, Any], defaults: dict[str, Any], out: Path, progress: Progress
+) -> list[Order]:
+    """The orders whose pictures are there, or have a VAE; the others are told, and raised where there are no more."""
+    lacking: dict[bool, FluxsplitError] = {}
+    for of_demo in {order.files.is_demo for order in orders}:
+        try:
+            require_vae(given, defaults, of_demo)
+        except FluxsplitError as error:
+            lacking[of_demo] = error
+    refused = [order for order in orders if order.files.is_demo in lacking and _is_new(order, defaults | given, out)]
+    if refused and len(refused) == len(orders):
+        raise lacking[refused[0].files.is_demo]
+    for order in refused:
+        why = lacking[order.files.is_demo]
+        progress.failed(absolute(order.source), why.message, why.hint)
+    return [order for order in orders if order not in refused]
+
+
+def _is_new(order: Order, values: dict[str, Any], out: Path) -> bool:
+    return bool(_planned([order], values, out).plans)
 
 
 def _tell_made(planned: _Planned, progress: Progress) -> None:

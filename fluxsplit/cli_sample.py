@@ -28,7 +28,7 @@ from fluxsplit.arguments import (
     prompt_warnings,
 )
 from fluxsplit.checkpoint import part, variant_of
-from fluxsplit.conditioning_header import check_prompt_is, check_widths, saved
+from fluxsplit.conditioning_header import check_file, check_prompt_is, saved
 from fluxsplit.errors import UsageError
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
 from fluxsplit.memory import check_budget
@@ -130,7 +130,7 @@ def plan_sample(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
     need = ("transformer",) if values.get("conditioning") else ("transformer", "t5", "clip")
     files = resolve(wanted, need)
     if values.get("conditioning"):
-        check_widths(images[0].conditioning, part(files.transformer, "transformer"))
+        check_file(images[0].conditioning, part(files.transformer, "transformer"))
     notes += _found_notes(files, wanted)
     texts, kept = _texts_to_encode(images, values)
     peek = bool(values.get("peek", False))

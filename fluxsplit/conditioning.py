@@ -30,7 +30,10 @@ def conditioning_bytes(conditioning: Conditioning, prompt: str) -> bytes:
 
 
 def read_conditioning(path: str) -> Conditioning:
-    """The conditioning in a file, as fp32; raises FluxsplitError where it is none, empty or not finite."""
+    """The two tensors in a file, as fp32; raises FluxsplitError where they are not there, or not finite.
+
+    Their shapes are for `conditioning_header.check_shapes` to judge, which knows the transformer's.
+    """
     place = Path(path)
     try:
         if place.stat().st_size > MAX_FILE_BYTES:
@@ -41,10 +44,11 @@ def read_conditioning(path: str) -> Conditioning:
     except Exception as error:  # safetensors raises its own kinds for damage
         raise FluxsplitError(f"{place} cannot be read as a conditioning: {error}") from error
     t5, pooled = tensors.get("t5"), tensors.get("pooled")
-    if t5 is None or pooled is None or t5.ndim != 3 or pooled.ndim != 2 or t5.shape[0] != 1 or pooled.shape[0] != 1:
+    if t5 is None or pooled is None:
         found = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise FluxsplitError(f"{place.name} holds {found}", "a conditioning holds t5 [1, T, D] and pooled [1, P]")
+    t5, pooled = t5.float(), pooled.float()
     for name, tensor in (("t5", t5), ("pooled", pooled)):
-        if not tensor.numel() or not bool(tensor.isfinite().all()):
-            raise FluxsplitError(f"{place.name}: {name} is empty or holds NaN or infinity", "encode the prompt again")
-    return Conditioning(t5.float(), pooled.float())
+        if not bool(tensor.isfinite().all()):
+            raise FluxsplitError(f"{place.name}: {name} holds NaN or infinity", "encode the prompt again")
+    return Conditioning(t5, pooled)

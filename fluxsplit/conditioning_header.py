@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,26 +46,35 @@ def check_prompt_is(made_of: str, prompt: str, file: str, hint: str) -> None:
 
 def length_of(file: str) -> int | None:
     """How many tokens the prompt has for T5; None for what is not there or no conditioning."""
-    with suppress(FluxsplitError, KeyError, IndexError):
-        return read_header(file).tensors["t5"].shape[1]
+    with suppress(FluxsplitError, ValueError):
+        _, tokens, _ = _header(Path(file)).tensors["t5"].shape
+        return tokens
     return None
 
 
-def check_widths(file: str | Path, transformer: Part) -> None:
-    """Raise FluxsplitError where a conditioning was made for another model than this transformer's."""
-    header = _header(file)
-    for name, matrix in _WIDTHS.items():
-        shape, width = header.tensors[name].shape, transformer.shape(matrix)[1]
-        if not shape or shape[-1] != width:
+def check_file(file: str, transformer: Part) -> None:
+    """`check_shapes` of a file, by its header."""
+    tensors = _header(Path(file)).tensors
+    check_shapes(Path(file).name, tensors["t5"].shape, tensors["pooled"].shape, transformer)
+
+
+def check_shapes(name: str, t5: Sequence[int], pooled: Sequence[int], transformer: Part) -> None:
+    """Raise FluxsplitError where tensors of these shapes are no conditioning, or not one for this transformer."""
+    if (len(t5), len(pooled)) != (3, 2) or (t5[0], pooled[0]) != (1, 1) or 0 in (*t5, *pooled):
+        found = {"t5": list(t5), "pooled": list(pooled)}
+        raise FluxsplitError(f"{name} holds {found}", "a conditioning holds t5 [1, T, D] and pooled [1, P]")
+    for tensor, shape in (("t5", t5), ("pooled", pooled)):
+        width = transformer.shape(_WIDTHS[tensor])[1]
+        if shape[-1] != width:
             raise FluxsplitError(
-                f"{Path(file).name}: {name} is {list(shape)}, this transformer takes a width of {width}",
+                f"{name}: {tensor} is {list(shape)}, this transformer takes a width of {width}",
                 "it was made with text encoders of another model",
             )
 
 
-def _header(file: str | Path) -> Header:
+def _header(file: Path) -> Header:
     header = read_header(file)
     if not set(_WIDTHS) <= set(header.tensors):
         held = ", ".join(name[:40] for name in list(header.tensors)[:4])
-        raise FluxsplitError(f"{Path(file).name} holds {held or 'nothing'}", "a conditioning holds t5 and pooled")
+        raise FluxsplitError(f"{file.name} holds {held or 'nothing'}", "a conditioning holds t5 and pooled")
     return header

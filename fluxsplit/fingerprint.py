@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+from fluxsplit.places import safetensors_below
 from fluxsplit.recipe import WeightsStamp
 
 CHUNK_BYTES = 8 << 20
@@ -27,8 +28,7 @@ def weights_sha256(path: str | Path) -> str:
     place = Path(path)
     if place.is_file():
         return file_sha256(place)
-    files = sorted((file.relative_to(place) for file in place.rglob("*.safetensors")), key=lambda file: file.parts)
-    lines = [f"{file_sha256(place / file)}  {file.as_posix()}\n" for file in files]  # the same on every system
+    lines = [f"{file_sha256(file)}  {file.relative_to(place).as_posix()}\n" for file in safetensors_below(place)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -49,7 +49,7 @@ def remembered_sha256(path: str | Path) -> str | None:
     try:
         if place.is_file():
             return known.get(_key(place.resolve()))
-        files = sorted(place.rglob("*.safetensors"))
+        files = safetensors_below(place)
         if not files or any(_key(file.resolve()) not in known for file in files):
             return None
     except OSError:

@@ -15,6 +15,7 @@ from fluxsplit.found_text import as_form, facts_of, started_from
 from fluxsplit.latents import COMFY_TENSOR, read_latents
 from fluxsplit.metadata import PARAMETERS_KEY, RECORD_KEY, record_from_json
 from fluxsplit.picture_text import PictureText, first_bytes, picture_kind, read_picture_text
+from fluxsplit.places import safetensors_below
 from fluxsplit.recipe import VAE_FACTOR, Parent, Recipe, WeightsStamp
 from fluxsplit.safetensor_header import NoSafetensors, read_header
 from fluxsplit.torch_file import ZIP_MAGIC
@@ -67,7 +68,7 @@ def inspect(path: str | Path) -> Report:
 
 def _inspect(path: Path) -> Report:
     if path.is_dir():
-        return _weights(path, sum(file.stat().st_size for file in path.rglob("*.safetensors")))
+        return _weights(path, sum(file.stat().st_size for file in safetensors_below(path)))
     start = first_bytes(path, 512)
     size_bytes = path.stat().st_size
     if picture_kind(start):

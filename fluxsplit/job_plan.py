@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+import psutil
 import torch
 
 from fluxsplit import checkpoint
@@ -33,11 +34,15 @@ def pick_device_and_dtype(job: SampleJob) -> tuple[torch.device, torch.dtype]:
 def check_fits(job: SampleJob) -> None:
     """Raise UsageError where the budget is too small for any plan, before minutes are spent on what comes first.
 
-    A text that is not encoded yet counts with T5's shortest. Nothing is measured.
+    A text that is not encoded yet counts with T5's shortest. Nothing is measured. RAM that this process has is free by
+    the time the job runs; a card's is not more free then, as each process has a context of its own.
     """
     device, dtype = pick_device_and_dtype(job)
     task = _task(job, checkpoint.part(job.files.transformer, "transformer"), device, dtype)
-    plan_memory(task.model, task.work, task.device, budget_bytes(job.vram, task.device), DTYPE_NAMES[dtype])
+    info = task.device
+    if info.kind == "cpu" or info.unified:
+        info = replace(info, free_bytes=info.free_bytes + psutil.Process().memory_info().rss)
+    plan_memory(task.model, task.work, info, budget_bytes(job.vram, info), DTYPE_NAMES[dtype])
 
 
 def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtype) -> MemoryPlan:

@@ -107,6 +107,12 @@ def weight_files(folder: Path, depth: int = MAX_DEPTH, suffixes: tuple[str, ...]
                 yield file
 
 
+def safetensors_below(folder: Path) -> list[Path]:
+    """The safetensors files of a diffusers folder, in order of their parts, the same on every system."""
+    found = (file for file in folder.rglob("*.safetensors") if not is_hidden(file))
+    return sorted(found, key=lambda file: file.relative_to(folder).parts)
+
+
 def hugging_face_hub(environment: Mapping[str, str]) -> Path:
     """Where the Hugging Face cache keeps repositories (huggingface_hub `constants.py`)."""
     if folder := environment.get("HF_HUB_CACHE"):

@@ -1,7 +1,7 @@
 """How fast this device multiplies, attends, expands, copies and reads, measured in a moment on the shapes that come.
 
-A table of graphics cards would be wrong for the next one, and for every laptop that runs hot. Half a second at the
-start of a step that takes several is what a prediction costs instead.
+A table of graphics cards would be wrong for the next one, and for every laptop that runs hot. Less than a second
+at the start of steps that take several each is what a prediction costs instead.
 
 On a shared machine somebody else's work beside ours, as on the other thread of a core, halves a rate for some tenths
 of a second, now and then for seconds. So nothing is measured at one go: rates take turns, and each one's quickest turn

@@ -13,7 +13,7 @@ from fluxsplit.arguments import check_choice
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.conditioning_cache import Encoders
-from fluxsplit.conditioning_header import check_prompt_is, check_widths, saved
+from fluxsplit.conditioning_header import check_file, check_prompt_is, saved
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
 from fluxsplit.fingerprint import file_sha256, stamp_of
 from fluxsplit.found import read_found
@@ -88,7 +88,8 @@ def _order(source: Path, values: Mapping[str, Any]) -> Order:
     record = record_of(source)
     latent = _latent(source, found, record, keeping)
     if values.get("conditioning"):
-        images = [_encoded(image, values["conditioning"], transformer) for image in images]
+        conditioning = _conditioning(images[0], values["conditioning"], transformer)
+        images = [replace(image, conditioning=conditioning) for image in images]
         files, encoders = transformer, None
     else:
         files, encoders = _text_files(found, values, wanted, transformer, images)
@@ -138,12 +139,12 @@ def _wanted(found: FoundRecipe, values: Mapping[str, Any], told: Told) -> Wanted
     return replace(wanted, model=name)
 
 
-def _encoded(image: ImageJob, conditioning: str, files: ModelFiles) -> ImageJob:
-    """The image with the conditioning of `--conditioning`, if that is its prompt's and the model's."""
+def _conditioning(image: ImageJob, conditioning: str, files: ModelFiles) -> str:
+    """The path of `--conditioning`, if that is for this image's prompt, as those of all seeds, and for the model."""
     path, made_of = saved(conditioning, image.cfg)
     check_prompt_is(made_of, image.prompt, path, "drop --conditioning, or name the one of this prompt")
-    check_widths(path, part(files.transformer, "transformer"))
-    return replace(image, conditioning=path)
+    check_file(path, part(files.transformer, "transformer"))
+    return path
 
 
 def _text_files(

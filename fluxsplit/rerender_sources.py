@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.arguments import is_passed_over, named, read_names
+from fluxsplit.arguments import is_overview, is_passed_over, named, read_names
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.latents import SUFFIXES, read_latent
 from fluxsplit.metadata import ImageRecord, as_rendered, read_record
@@ -55,7 +55,7 @@ def _named(word: str, note: Callable[[str], None]) -> list[Path]:
     matching = named(word)
     if matching == [path]:
         return matching
-    return [file for file in matching if file.is_file() and not is_passed_over(file)]
+    return [file for file in matching if file.is_file() and not is_overview(file)]
 
 
 def _picked(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from fluxsplit.conditioning_cache import encoders_of
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import SampleJob, TextJob
 from fluxsplit.latents import SUFFIXES
+from fluxsplit.places import is_hidden
 from fluxsplit.progress import Progress
 from fluxsplit.retry import events_with_retry
 from fluxsplit.sample_plan import Plan
@@ -146,7 +147,8 @@ def decoding(latents: Sequence[str], given: dict[str, Any], out: Path | None = N
 def _as_folder(latents: Sequence[str]) -> Sequence[str]:
     """The folder that these latents are all of, if it is; else the latents."""
     folder = Path(latents[0]).parent
-    there = {str(file) for file in folder.iterdir() if file.suffix.lower() in SUFFIXES.values()}
+    held = (file for file in folder.iterdir() if not is_hidden(file))
+    there = {str(file) for file in held if file.suffix.lower() in SUFFIXES.values()}
     return [str(folder)] if len(there) > 1 and there == set(latents) else latents
 
 

@@ -241,10 +241,13 @@ def defaults(command: str, environment: Mapping[str, str], folder: Path | None =
 
 def set_in(command: str, key: str, environment: Mapping[str, str], folder: Path | None = None) -> str:
     """Where the value that `defaults` has for a key was set: a variable's name or a file's; empty for nowhere."""
-    for variable in (f"{PREFIX}{command}_{key}".upper(), f"{PREFIX}{key}".upper()):
+    of_command, of_all = f"{PREFIX}{command}_{key}".upper(), f"{PREFIX}{key}".upper()
+    for variable in (of_command, *([of_all] if key in SHARED and of_all not in _OTHER_VARIABLES else [])):
         if variable in environment:
             return variable
-    files = [file for file in _files(environment, folder) if key in _of_command(command, _read_tables(file))]
+    files: list[Path] = []
+    with suppress(UsageError):  # changed since they were read
+        files = [file for file in _files(environment, folder) if key in _of_command(command, _read_tables(file))]
     return str(files[-1]) if files else ""
 
 

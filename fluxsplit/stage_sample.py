@@ -21,7 +21,7 @@ from fluxsplit.beside import thread_beside
 from fluxsplit.checkpoint import Contents, Part
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.conditioning_cache import stamps_in
-from fluxsplit.conditioning_header import check_widths
+from fluxsplit.conditioning_header import check_shapes
 from fluxsplit.device import DTYPE_NAMES, device_name
 from fluxsplit.errors import FluxsplitError, OutOfMemory, ends_all, is_out_of_memory
 from fluxsplit.events import Events
@@ -226,8 +226,9 @@ class _Told:
 
 
 def _conditioning(part: Part, path: str) -> Conditioning:
-    check_widths(path, part)
-    return read_conditioning(path)
+    conditioning = read_conditioning(path)
+    check_shapes(Path(path).name, conditioning.t5.shape, conditioning.pooled.shape, part)
+    return conditioning
 
 
 def _recipe(model: _Model, image: ImageJob) -> Recipe:

@@ -58,7 +58,7 @@ def _device(job: TextJob, plan: TextPlan, events: Events) -> torch.device:
         events.send("note", text=f"text is encoded on the CPU: {plan.text()}, and {room}")
         return torch.device("cpu")
     keep_within(budget, device)
-    events.send("plan", text=plan.text(), smaller={"device": "cpu"})
+    events.send("plan", text=plan.text(), smaller={"device": "cpu", "then": None})
     return device
 
 

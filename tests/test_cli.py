@@ -21,8 +21,10 @@ from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, 
 
 from fluxsplit import cli, models, sample_run
 from fluxsplit.arguments import files_in, gather_files, named, prompt_warnings
+from fluxsplit.errors import UsageError
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
+from fluxsplit.sample_run import decoding
 from fluxsplit.settings import WORKFLOW
 from fluxsplit.torch_file import ZIP_MAGIC
 
@@ -299,14 +301,25 @@ def test_what_is_no_conditioning(run: Run, tmp_path: Path) -> None:
     assert ran.code == 1 and "a conditioning holds t5 and pooled" in ran.err
 
 
-@pytest.mark.parametrize("shapes", [{"t5": (1, 8, 2048), "pooled": (1, 768)}, {"t5": (1, 8, 4096), "pooled": (1,)}])
-def test_a_conditioning_of_another_model_is_refused_before_anything_starts(
-    run: Run, tmp_path: Path, shapes: dict[str, tuple[int, ...]]
+@pytest.mark.parametrize(
+    ("t5_shape", "pooled", "says"),
+    [
+        ((1, 8, 2048), (1, 768), "t5 is [1, 8, 2048], this transformer takes a width of 4096"),
+        ((1, 8, 4096), (1, 512), "pooled is [1, 512], this transformer takes a width of 768"),
+        ((8, 4096), (1, 768), "a conditioning holds t5 [1, T, D] and pooled [1, P]"),
+        ((2, 8, 4096), (1, 768), "a conditioning holds t5 [1, T, D] and pooled [1, P]"),
+        ((1, 0, 4096), (1, 768), "a conditioning holds t5 [1, T, D] and pooled [1, P]"),
+        ((1, 8, 4096), (768,), "a conditioning holds t5 [1, T, D] and pooled [1, P]"),
+    ],
+)
+def test_what_is_no_conditioning_of_this_model_is_refused_before_anything_starts(
+    run: Run, tmp_path: Path, t5_shape: tuple[int, ...], pooled: tuple[int, ...], says: str
 ) -> None:
-    model, file = write(tmp_path / "t.safetensors", transformer()), write(tmp_path / "c.safetensors", shapes, "F32")
+    model = write(tmp_path / "t.safetensors", transformer())
+    file = write(tmp_path / "c.safetensors", {"t5": t5_shape, "pooled": pooled}, "F32")
     for words in ([], ["--dry-run"]):
         ran = run("sample", "-m", model, "--conditioning", file, "-p", "a", *words)
-        assert ran.code == 1 and "this transformer takes a width of" in ran.err and not ran.log
+        assert ran.code == 1 and says in ran.err and not ran.log
 
 
 def test_previews_of_a_conditioning(run: Run, tmp_path: Path) -> None:
@@ -689,6 +702,22 @@ def test_workflow_files(run: Run, home: Path) -> None:
     assert (ran.code, "did you mean latents?" in ran.err) == (2, True)
 
 
+def test_a_setting_is_not_blamed_for_what_only_shares_its_name(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write(home / "t.safetensors", transformer())
+    (home / "fluxsplit.toml").write_text(f'model = "{model.as_posix()}"\nvae = "{model.as_posix()}"\n')
+    other = write(home / "enc" / "model.safetensors", clip())
+    ran = run("sample", "-p", "a", "--text-encoder", other)
+    assert ran.err.startswith("fluxsplit: model.safetensors holds clip, but no t5") and "set in" not in ran.err
+    wrong = write(home / "model.safetensors", vae())
+    assert "set in" not in run("sample", "--conditioning", wrong).err
+    (home / "fluxsplit.toml").write_text('[decode]\nupscale_tile = "huge"\n')
+    monkeypatch.setenv("FLUXSPLIT_UPSCALE_TILE", "512")
+    said = run("decode", wrong, "--upscale", "2").err
+    assert "--upscale-tile 'huge'" in said and f"(set in {home / 'fluxsplit.toml'})" in said
+
+
 @pytest.mark.parametrize(
     ("command", "setting", "says"),
     [
@@ -773,6 +802,21 @@ def test_hidden_files_are_not_what_a_folder_holds(tmp_path: Path) -> None:
     assert named(str(tmp_path / "*.png")) == [tmp_path / "a.png"]
     assert named(str(tmp_path / "._*.png")) == [tmp_path / "._a.png"], "asked for"
     assert named(str(tmp_path / "._a.png")) == [tmp_path / "._a.png"]
+    (tmp_path / ".AppleDouble").mkdir()
+    (tmp_path / ".AppleDouble" / "a.png").touch()
+    with pytest.raises(UsageError, match="nothing matches"):
+        named(str(tmp_path / "*" / "a.png"))
+    assert named(str(tmp_path / ".Apple*" / "*.png")) == [tmp_path / ".AppleDouble" / "a.png"]
+
+
+def test_hidden_latents_are_neither_decoded_nor_counted(run: Run, home: Path) -> None:
+    ran = run("preview", "-p", "a", "-n", "2", "--size", "64x64")
+    assert ran.code == 0, ran.err
+    for folder in ("previews", "previews/latents"):
+        (home / folder / "._0001.pt").write_bytes(b"what macOS knows of it")
+    assert len(run("decode", "previews", "--out", "o").out) == 2
+    latents = [str(path) for path in sorted((home / "previews" / "latents").glob("0*.pt"))]
+    assert decoding(latents, {}) == "fluxsplit decode previews/latents"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="its signals")

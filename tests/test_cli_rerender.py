@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headers import transformer, write
+from headers import transformer, vae, write
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_cli import Run, conditioning_file, home, run
@@ -392,3 +392,33 @@ def test_hidden_files_are_not_rendered_again(run: Run, home: Path) -> None:
     source.with_name("._0007.png").write_bytes(b"what macOS knows of it")
     ran = run("rerender", "previews")
     assert ran.code == 0 and [image["prompt"] for image in ran.images] == ["a fox"]
+
+
+def test_a_picture_without_a_vae_stops_no_other(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the demo model, whose VAE is in it, and one of a model that is found by its name, alone."""
+    model = write(home / "flux1.safetensors", transformer())
+    other = WeightsStamp("flux1.safetensors", "0" * 64)
+    preview(home / "previews", "0001"), preview(home / "previews", "0002", transformer=other)
+    kept = conditioning_file(home / "c.safetensors")
+    monkeypatch.setattr("fluxsplit.rerender_orders._conditioning", lambda image, file, files: str(kept))
+    monkeypatch.setattr("fluxsplit.models.find_named", lambda name, kind, comfyui: model)
+    ran = run("rerender", "previews", "--conditioning", kept)
+    assert ran.code == 1 and ran.out == [str(home / "renders" / "0001-64x48.png")]
+    assert "0002.png: no VAE found" in ran.err
+
+
+def test_nothing_is_encoded_for_what_could_not_be_decoded(run: Run, home: Path) -> None:
+    """A model that is named is not overruled by a VAE of the settings, for encoding as for decoding."""
+    write(home / "v.safetensors", vae())
+    (home / "fluxsplit.toml").write_text('vae = "v.safetensors"\n')
+    model, kept = write(home / "m" / "t.safetensors", transformer()), conditioning_file(home / "c.safetensors")
+    source = preview(home / "previews", keep_latent=False)
+    words = ("rerender", source, "-m", model, "--keep", "image", "--conditioning", kept)
+    ran = run(*words)
+    assert ran.code == 3 and "no VAE found" in ran.err and not ran.log
+    assert run(*words, "--vae", "v.safetensors").job("encode")["vae"] == str(home / "v.safetensors")
+
+
+def test_a_hidden_picture_that_is_asked_for_is_rendered(run: Run, home: Path) -> None:
+    preview(home / "previews", ".h")
+    assert len(run("rerender", "previews/.h*.png").images) == 1

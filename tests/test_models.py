@@ -9,6 +9,7 @@ from headers import all_in_one, clip, prefixed, t5, tokenizers, transformer, vae
 
 from fluxsplit import checkpoint, models, places
 from fluxsplit.errors import FluxsplitError, ModelFileMissing
+from fluxsplit.fingerprint import weights_sha256
 from fluxsplit.jobs import ModelFiles
 from fluxsplit.models import Wanted, resolve, resolve_vae
 
@@ -193,6 +194,9 @@ def test_hidden_files_are_no_weights(tmp_path: Path, comfyui: Path) -> None:
         (folder / "._flux.safetensors").write_bytes(b"\0\5\x16\7")
     assert Path(checkpoint.part(tmp_path / "model", "transformer").path).name == "flux.safetensors"
     assert [file.name for file in places.weight_files(comfyui / "models/unet")] == ["flux1-dev-fp8.safetensors"]
+    hashed = weights_sha256(tmp_path / "model")
+    (tmp_path / "model" / "._flux.safetensors").unlink()
+    assert weights_sha256(tmp_path / "model") == hashed
 
 
 def test_a_diffusers_folder(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import save as save_safetensors
 
 import synthetic_checkpoint
-from fluxsplit import checkpoint, fp8, stage_text, text
-from fluxsplit.conditioning import Conditioning
+from fluxsplit import checkpoint, fp8, job_plan, stage_text, text
+from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.held_memory import CARD_BASE_BYTES
 from fluxsplit.jobs import ImageJob, SampleJob, TextJob
@@ -177,7 +179,9 @@ def test_text_goes_to_the_cpu_where_a_card_has_no_room(
     device = stage_text._device(_job(t5_file, vram=vram), plan, told)  # type: ignore[arg-type]
     assert device.type == kind
     if kind == "cuda":
-        assert kept == [2 * 10**9] and told == [{"event": "plan", "text": plan.text(), "smaller": {"device": "cpu"}}]
+        assert kept == [2 * 10**9] and told == [
+            {"event": "plan", "text": plan.text(), "smaller": {"device": "cpu", "then": None}}
+        ]
     else:
         assert not kept and "text is encoded on the CPU" in told[0]["text"] and "0.10 GB of a card" in told[0]["text"]
 
@@ -201,6 +205,19 @@ def test_nothing_is_encoded_for_what_would_not_fit(tmp_path: Path) -> None:
         else:
             stage_text.run(job, told)  # type: ignore[arg-type]
     assert output.is_file()
+
+
+def test_what_fits_once_the_text_is_encoded_is_not_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAM that the text stage has is the sample stage's afterwards."""
+    info, mine_bytes = job_plan.device_info(torch.device("cpu")), psutil.Process().memory_info().rss
+    image = ImageJob("a", "", 1, 256, 256)
+    job = SampleJob((image,), demo_files(), str(tmp_path), "pt", "auto", "cpu")
+    monkeypatch.setattr(job_plan, "device_info", lambda device: replace(info, free_bytes=700_000_000 - mine_bytes))
+    job_plan.check_fits(replace(job, vram="500M"))
+    with pytest.raises(UsageError, match=r"--vram 800M is more than"):
+        job_plan.check_fits(replace(job, vram="800M"))
 
 
 @pytest.mark.parametrize("part", ["t5", "clip"])
@@ -240,3 +257,15 @@ def test_on_a_card_text_stays_within_its_plan(t5_file: Path, tmp_path: Path) -> 
     assert [event["text"] for event in told if event["event"] == "plan"] == [plan.text()]
     assert 0 < torch.cuda.max_memory_reserved() <= plan.peak_bytes
     assert (tmp_path / "out.safetensors").is_file()
+
+
+def test_a_conditioning_may_be_stored_in_any_dtype_that_fp32_holds(tmp_path: Path) -> None:
+    file = tmp_path / "c.safetensors"
+    for dtype in (torch.float8_e4m3fn, torch.float16, torch.float64):
+        file.write_bytes(save_safetensors({"t5": torch.ones(1, 2, 4).to(dtype), "pooled": torch.ones(1, 3)}))
+        assert torch.equal(read_conditioning(str(file)).t5, torch.ones(1, 2, 4))
+    file.write_bytes(
+        save_safetensors({"t5": torch.full((1, 2, 4), 1e300, dtype=torch.float64), "pooled": torch.ones(1, 3)})
+    )
+    with pytest.raises(FluxsplitError, match="t5 holds NaN or infinity"):
+        read_conditioning(str(file))
