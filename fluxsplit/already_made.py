@@ -40,18 +40,20 @@ class Renderer:
     def made(self, recipe: Recipe, image: ImageJob) -> bool:
         """Whether this recipe is that of what the job asks for. Weights are hashed where all else is the same."""
         return (
-            not image.conditioning  # a file of which the recipe says nothing
+            (recipe.conditioning_sha256 or "") == image.conditioning_sha256
             and all(getattr(recipe, name) == getattr(image, name) for name in _SAME)
             and recipe.guidance == (defaults.guidance_of(self.variant) if image.guidance is None else image.guidance)
             and self._has_levels(recipe, image)
             and self.dtype in ("auto", recipe.dtype)
             and (self.device == "auto" or (self.device == "cpu") == (recipe.device == "cpu"))
-            and self._has_weights(recipe)
+            and self._has_weights(recipe, bool(image.conditioning_sha256))
         )
 
-    def _has_weights(self, recipe: Recipe) -> bool:
+    def _has_weights(self, recipe: Recipe, of_conditioning: bool) -> bool:
         if not _is_of(recipe.transformer, self.files.transformer):
             return False
+        if of_conditioning:
+            return True
         if self.encoders is not None:
             return (recipe.text_encoder, recipe.clip) == (self.encoders.text_encoder, self.encoders.clip)
         return _is_of(recipe.text_encoder, self.files.text_encoder) and _is_of(recipe.clip, self.files.clip)

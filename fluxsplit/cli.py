@@ -226,17 +226,22 @@ def _run(command: str, given: dict[str, Any], *, debug: bool) -> int:
 
 
 def _say_where_set(error: FluxsplitError, command: str, settings: dict[str, Any]) -> None:
-    """Add to what names a setting and its value, as in `x.png: --vram '8X' is`, where that was set, if by no flag."""
+    """Add where a setting was set, if by no flag: to what names it and its value, as in `x.png: --vram '8X' is`, and to
+    what would have another given."""
     from fluxsplit.settings import set_in  # noqa: PLC0415
 
     begun = re.match(r"(?:(?:.*: )?--)?([a-z]+(?:-[a-z]+)*) ", error.message)
-    key = begun[1].replace("-", "_") if begun else ""
-    if key not in settings:
-        return
-    value = settings[key]
-    shown = (str(value), f"{value:g}" if isinstance(value, float) else "")
-    if any(text and text in error.message for text in shown) and (place := set_in(command, key, os.environ)):
-        error.message += f" (set in {place})"
+    advised = re.search(r"\bgive --([a-z]+(?:-[a-z]+)*)", error.hint)
+    for found, label in ((begun, "set in"), (advised, "{} is set in")):
+        key = found[1].replace("-", "_") if found else ""
+        if found is None or key not in settings:
+            continue
+        value = settings[key]
+        shown = (str(value), f"{value:g}" if isinstance(value, float) else "")
+        is_named = found is advised or any(text and text in error.message for text in shown)
+        if is_named and (place := set_in(command, key, os.environ)):
+            error.message += f" ({label.format(found[1])} {place})"
+            return
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from typer.exceptions import TyperException
+
 from fluxsplit.errors import UsageError
 
 FOLDER = "previews"
@@ -30,7 +32,12 @@ def run_gallery(given: dict[str, Any], check_rerender: Callable[[Sequence[str]],
     if renders.exists() and not renders.is_dir():
         raise UsageError(f"--renders {renders} is not a folder")
     flags = _rerender_flags(given.get("rerender", ""))
-    check_rerender(flags)
+    try:
+        check_rerender(flags)
+    except TyperException as error:
+        raise UsageError(
+            f"--rerender {given.get('rerender', '')!r}: {error}", "see fluxsplit rerender --help"
+        ) from None
     try:
         from fluxsplit.gallery import address, open_gallery, serve, server  # noqa: PLC0415  an extra
     except ModuleNotFoundError as error:

@@ -28,7 +28,7 @@ from fluxsplit.arguments import (
     prompt_warnings,
 )
 from fluxsplit.checkpoint import part, variant_of
-from fluxsplit.conditioning_header import check_file, check_prompt_is, saved
+from fluxsplit.conditioning_header import Saved, check_file, check_prompt_is, saved
 from fluxsplit.errors import UsageError
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
 from fluxsplit.memory import check_budget
@@ -50,11 +50,6 @@ def sample(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) 
     if skips and given.get("save_conditioning"):
         raise UsageError(
             "--save-conditioning keeps the prompt of what is rendered, and --skip-existing may render nothing",
-            "drop one, as by --no-skip-existing",
-        )
-    if skips and (defaults | given).get("conditioning"):
-        raise UsageError(
-            "--skip-existing cannot tell pictures of a saved --conditioning: a recipe names its prompt only",
             "drop one, as by --no-skip-existing",
         )
     plan = plan_sample(given, defaults)
@@ -80,7 +75,7 @@ def _how_to_go_on(plan: Plan, given: dict[str, Any], progress: Progress) -> Iter
         yield
     except BaseException:
         done = sum(not path.endswith(".png") for path in progress.results[before:])
-        if 0 < done < len(plan.images) and not plan.images[0].conditioning:
+        if 0 < done < len(plan.images):
             without = ", without --save-conditioning," if given.get("save_conditioning") else ""
             seed = "" if given.get("seed") else f"--seed {plan.images[0].seed} and "
             finished = f"{done} of {len(plan.images)} are finished"
@@ -186,7 +181,7 @@ def _images(values: dict[str, Any], notes: list[str]) -> list[ImageJob]:
             "a negative prompt has no effect with --cfg 1, which never computes it",
             "give --cfg 2 or so (each step then takes twice as long), or drop --negative",
         )
-    conditioning, prompts = _conditioning_and_prompts(values, cfg)
+    kept, prompts = _conditioning_and_prompts(values, cfg, notes)
     notes += dict.fromkeys(text for prompt in prompts for text in prompt_warnings(prompt))
     seeds = parse_seeds(values.get("seed") or [_drawn(notes)], values.get("count", 1))
     if len(prompts) * len(seeds) > MAX_IMAGES:
@@ -194,7 +189,17 @@ def _images(values: dict[str, Any], notes: list[str]) -> list[ImageJob]:
     options = _options(values)
     width, height = parse_size(values.get("size") or (DEMO_SIZE if is_demo(values) else DEFAULT_SIZE))
     return [
-        ImageJob(prompt, conditioning, seed, width, height, cfg=cfg, negative=negative, **options)
+        ImageJob(
+            prompt=prompt,
+            conditioning=kept.path,
+            conditioning_sha256=kept.sha256,
+            seed=seed,
+            width=width,
+            height=height,
+            cfg=cfg,
+            negative=negative,
+            **options,
+        )
         for prompt in prompts
         for seed in seeds
     ]
@@ -228,19 +233,20 @@ def _options(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _conditioning_and_prompts(values: dict[str, Any], cfg: float) -> tuple[str, list[str]]:
+def _conditioning_and_prompts(values: dict[str, Any], cfg: float, notes: list[str]) -> tuple[Saved, list[str]]:
+    """A saved conditioning, with nothing in it where none is given, and the prompts."""
     given, file = values.get("prompt", []), values.get("prompt_file", "")
     if not values.get("conditioning"):
         prompts = gather_prompts(given, file)
         if values.get("save_conditioning") and len(prompts) > 1:
             raise UsageError(f"--save-conditioning keeps one prompt, {len(prompts)} are given", "give one prompt")
-        return "", prompts
-    conditioning, made_of = saved(values["conditioning"], cfg)
-    prompts = gather_prompts(given, file) if given or file else [made_of]
+        return Saved("", "", ""), prompts
+    kept = saved(values["conditioning"], cfg)
+    prompts = gather_prompts(given, file) if given or file else [kept.prompt]
     if len(prompts) > 1:
         raise UsageError(f"--conditioning stands for one prompt, {len(prompts)} are given", "give one at most")
-    check_prompt_is(made_of, prompts[0], conditioning, "drop --prompt, or --conditioning")
-    return conditioning, prompts
+    notes += check_prompt_is(kept, prompts[0], "drop --prompt, or --conditioning")
+    return kept, prompts
 
 
 def _texts_to_encode(images: list[ImageJob], values: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

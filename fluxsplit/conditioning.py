@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from fluxsplit.conditioning_header import MAX_FILE_BYTES
 from fluxsplit.errors import FluxsplitError
-
-MAX_FILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,10 @@ def read_conditioning(path: str) -> Conditioning:
         raise FluxsplitError(f"{place} cannot be read as a conditioning: {error}") from error
     t5, pooled = tensors.get("t5"), tensors.get("pooled")
     if t5 is None or pooled is None:
-        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        found = {name[:40]: list(tensor.shape) for name, tensor in tensors.items()}
         raise FluxsplitError(f"{place.name} holds {found}", "a conditioning holds t5 [1, T, D] and pooled [1, P]")
+    if not (t5.is_floating_point() and pooled.is_floating_point()):
+        raise FluxsplitError(f"{place.name} holds {t5.dtype} and {pooled.dtype}", "a conditioning holds fractions")
     t5, pooled = t5.float(), pooled.float()
     for name, tensor in (("t5", t5), ("pooled", pooled)):
         if not bool(tensor.isfinite().all()):

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fluxsplit import durable
+from fluxsplit.conditioning_header import MAX_FILE_BYTES, payload_sha256
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.fingerprint import cache_folder, remembered_sha256, stamp_of
 from fluxsplit.jobs import ModelFiles
@@ -27,7 +28,6 @@ from fluxsplit.safetensor_header import read_header
 ENCODING = 1
 """Of the way in which prompts are encoded; raised whenever the same weights would give other numbers."""
 MAX_CACHE_BYTES = 1_000_000_000
-MAX_ENTRY_BYTES = 256 << 20
 _SOURCE, _PAYLOAD = "fluxsplit.source", "fluxsplit.sha256"
 
 
@@ -89,7 +89,7 @@ def keep(encoders: Encoders, prompt: str, conditioning: str) -> None:
         read_header(conditioning)  # refuses what is no safetensors file
         raw = Path(conditioning).read_bytes()
         entry = _with_metadata(raw, prompt, _source(encoders, prompt))
-        if len(entry) <= MAX_ENTRY_BYTES:
+        if len(entry) <= MAX_FILE_BYTES:
             durable.replace(_file(encoders, prompt), entry)
             _trim(folder().glob("*.safetensors"))
 
@@ -120,7 +120,7 @@ def _file(encoders: Encoders, prompt: str) -> Path:
 def _holds(file: Path, source: str) -> bool:
     """Whether an entry is whole and of this very source; the names of files may differ, their hashes may not."""
     metadata = read_header(file).metadata
-    return _unnamed(metadata.get(_SOURCE, "{}")) == _unnamed(source) and metadata.get(_PAYLOAD) == _payload_sha256(
+    return _unnamed(metadata.get(_SOURCE, "{}")) == _unnamed(source) and metadata.get(_PAYLOAD) == payload_sha256(
         file.read_bytes()
     )
 
@@ -135,15 +135,11 @@ def _unnamed(source: str) -> object:
     return table
 
 
-def _payload_sha256(raw: bytes) -> str:
-    return hashlib.sha256(memoryview(raw)[8 + struct.unpack_from("<Q", raw)[0] :]).hexdigest()
-
-
 def _with_metadata(raw: bytes, prompt: str, source: str) -> bytes:
     """A safetensors file with other metadata, its tensors as they are."""
     (length,) = struct.unpack_from("<Q", raw)
     header = json.loads(raw[8 : 8 + length])
-    header["__metadata__"] = {"prompt": json.dumps(prompt), _SOURCE: source, _PAYLOAD: _payload_sha256(raw)}
+    header["__metadata__"] = {"prompt": json.dumps(prompt), _SOURCE: source, _PAYLOAD: payload_sha256(raw)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + raw[8 + length :]

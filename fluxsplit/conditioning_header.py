@@ -1,10 +1,13 @@
-"""What the header of a conditioning file says: of which prompt it was made, how long it is, for which model."""
+"""A conditioning file without torch: of which prompt it was made, how long it is, for which model, its hash."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from fluxsplit.arguments import check_prompt
@@ -13,12 +16,25 @@ from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.jobs import absolute
 from fluxsplit.safetensor_header import Header, read_header
 
+MAX_FILE_BYTES = 256 << 20
 _WIDTHS = {"t5": "context_embedder.weight", "pooled": "time_text_embed.text_embedder.linear_1.weight"}
 """Of a transformer, the matrix whose rows are as long as a vector of this tensor."""
 
 
-def saved(name: str, cfg: float) -> tuple[str, str]:
-    """The absolute path of what `--conditioning` names, and the prompt that it says it was made of, empty for none.
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What `--conditioning` names."""
+
+    path: str
+    """Absolute."""
+    prompt: str
+    """That it says it was made of; empty where it says none."""
+    sha256: str
+    """Of its tensors, whatever metadata is beside them."""
+
+
+def saved(name: str, cfg: float) -> Saved:
+    """What `--conditioning` names.
 
     Raises UsageError where there is no such file, or a negative prompt would have to be encoded; FluxsplitError where
     the file is no conditioning.
@@ -30,18 +46,35 @@ def saved(name: str, cfg: float) -> tuple[str, str]:
             "give --cfg 1, or the text encoders instead of --conditioning",
         )
     if not file.is_file():
-        raise UsageError(f"--conditioning {file}: there is no such file", "make one with --save-conditioning")
+        what = "it is a folder" if file.is_dir() else "there is no such file"
+        raise UsageError(f"--conditioning {file}: {what}", "make one with --save-conditioning")
+    size_bytes = file.stat().st_size
+    _header(file)
+    if size_bytes > MAX_FILE_BYTES:
+        raise FluxsplitError(f"{file.name} is {size_bytes} bytes, too large for a conditioning")
+    return Saved(absolute(file), prompt_of(file), payload_sha256(file.read_bytes()))
+
+
+def prompt_of(file: Path) -> str:
+    """The prompt that a file says it was made of, empty where it says none; FluxsplitError where it is another kind."""
     metadata = _header(file).metadata
     with suppress(ValueError, RecursionError):
         prompt = json.loads(metadata.get("prompt", '""'))
-        return absolute(file), check_prompt(prompt) if isinstance(prompt, str) else ""
-    return absolute(file), ""
+        return check_prompt(prompt) if isinstance(prompt, str) else ""
+    return ""
 
 
-def check_prompt_is(made_of: str, prompt: str, file: str, hint: str) -> None:
-    """Raise UsageError where a conditioning was made of another prompt than this one."""
-    if made_of and made_of != prompt:
-        raise UsageError(f"{Path(file).name} was made of the prompt {made_of[:60]!r}, not of {prompt[:60]!r}", hint)
+def payload_sha256(raw: bytes) -> str:
+    """Hex SHA-256 of what follows the header of a safetensors file."""
+    return hashlib.sha256(memoryview(raw)[8 + struct.unpack_from("<Q", raw)[0] :]).hexdigest()
+
+
+def check_prompt_is(saved: Saved, prompt: str, hint: str) -> list[str]:
+    """Raise UsageError where a conditioning was made of another prompt; returns what is to be told where none knows."""
+    name = Path(saved.path).name
+    if saved.prompt and saved.prompt != prompt:
+        raise UsageError(f"{name} was made of the prompt {saved.prompt[:60]!r}, not of {prompt[:60]!r}", hint)
+    return [] if saved.prompt or not prompt else [f"{name} does not say its prompt; it is taken for {prompt[:60]!r}"]
 
 
 def length_of(file: str) -> int | None:
@@ -75,6 +108,6 @@ def check_shapes(name: str, t5: Sequence[int], pooled: Sequence[int], transforme
 def _header(file: Path) -> Header:
     header = read_header(file)
     if not set(_WIDTHS) <= set(header.tensors):
-        held = ", ".join(name[:40] for name in list(header.tensors)[:4])
+        held = ", ".join(dict.fromkeys(name[:40] for name in list(header.tensors)[:4]))
         raise FluxsplitError(f"{file.name} holds {held or 'nothing'}", "a conditioning holds t5 and pooled")
     return header

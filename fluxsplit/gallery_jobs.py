@@ -260,7 +260,8 @@ class RenderQueue:
             value = json.loads(line)
         with self._change:
             if on_stdout and isinstance(value, dict) and isinstance(value.get("path"), str):
-                run.results.append(value["path"])
+                if value.get("source") not in run.results:  # what was enlarged is no second picture
+                    run.results.append(value["path"])
             elif isinstance(value, dict) and isinstance(value.get("progress"), dict):
                 run.task = _task(value["progress"])
             elif not on_stdout and (text := line.decode("utf-8", "replace").strip()):

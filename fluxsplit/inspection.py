@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import checkpoint
+from fluxsplit.conditioning_header import prompt_of
 from fluxsplit.errors import FluxsplitError, refusal
 from fluxsplit.found import found_in, read_found
 from fluxsplit.found_text import as_form, facts_of, started_from
@@ -175,9 +176,10 @@ def _foreign_picture(
 def _conditioning(path: Path, size_bytes: int) -> Report:
     header = read_header(path)
     shapes = {name: list(tensor.shape) for name, tensor in header.tensors.items()}
-    facts = [("kind", "conditioning (an encoded prompt)")]
+    prompt = prompt_of(path)
+    facts = [("kind", "conditioning (an encoded prompt)"), *([("prompt", prompt)] if prompt else [])]
     facts += [(name, f"{'x'.join(map(str, shape))} {header.tensors[name].dtype}") for name, shape in shapes.items()]
-    return Report(str(path), "conditioning", size_bytes, tuple(facts), None, {"shapes": shapes})
+    return Report(str(path), "conditioning", size_bytes, tuple(facts), None, {"prompt": prompt, "shapes": shapes})
 
 
 def _weights(path: Path, size_bytes: int) -> Report:
@@ -193,6 +195,7 @@ def _weights(path: Path, size_bytes: int) -> Report:
 
 def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
     """The recipe for people; values that no picture of this model has are left out."""
+    encoded = not recipe.conditioning_sha256
     shown: dict[str, str | None] = {
         "prompt": recipe.prompt,
         "negative": recipe.negative or None,
@@ -207,8 +210,9 @@ def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         "start": started_from(recipe) or None,
         "model": f"FLUX.1 {recipe.variant}, {recipe.dtype}, {recipe.device}",
         "transformer": _stamp(recipe.transformer),
-        "T5": _stamp(recipe.text_encoder),
-        "CLIP": _stamp(recipe.clip),
+        "conditioning": None if encoded else f"saved (sha256 {str(recipe.conditioning_sha256)[:HASH_DIGITS]})",
+        "T5": _stamp(recipe.text_encoder) if encoded or recipe.text_encoder.name else None,
+        "CLIP": _stamp(recipe.clip) if encoded or recipe.clip.name else None,
         "versions": _table(recipe.versions),
         "created": recipe.created or None,
     }

@@ -46,6 +46,8 @@ class ImageJob:
     cfg: float = 1.0
     negative: str = ""
     negative_conditioning: str = ""
+    conditioning_sha256: str = ""
+    """Of the tensors in a file that the person named; empty for one that is made for this job, or kept by us."""
     sampler: str = "euler"
     scheduler: str = "simple"
     sigmas: tuple[float, ...] = ()

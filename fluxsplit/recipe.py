@@ -95,6 +95,8 @@ class Recipe:
     """What was kept of another picture; None where the noise of the seed is all there was."""
     retried: str | None = None
     """The memory plan that ran out of memory before the one that made this; decides no pixel. None at the first try."""
+    conditioning_sha256: str | None = None
+    """Of the tensors of a saved conditioning that stood for the prompt; None where it was encoded for this picture."""
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -222,10 +224,17 @@ def _as_sigmas(value: Any) -> tuple[float, ...]:
 def _as_stamp(value: Any) -> WeightsStamp:
     if not isinstance(value, dict) or set(value) != {"name", "sha256"}:
         raise ValueError
-    name, sha256 = _as_text(value["name"]), _as_text(value["sha256"])
-    if len(name) > MAX_NAME_CHARS or (sha256 and (len(sha256) != 64 or set(sha256) - set("0123456789abcdef"))):
+    name = _as_text(value["name"])
+    if len(name) > MAX_NAME_CHARS:
         raise ValueError
-    return WeightsStamp(name, sha256)
+    return WeightsStamp(name, _as_sha256(value["sha256"]) if value["sha256"] != "" else "")
+
+
+def _as_sha256(value: Any) -> str:
+    sha256 = _as_text(value)
+    if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
+        raise ValueError
+    return sha256
 
 
 def _as_versions(value: Any) -> dict[str, str]:
@@ -259,8 +268,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "created": _as_text,
     "start": start_from_object,
     "retried": _optional(_as_text),
+    "conditioning_sha256": _optional(_as_sha256),
 }
-_OPTIONAL = {"start", "retried"}
+_OPTIONAL = {"start", "retried", "conditioning_sha256"}
 
 
 def stamp_from_json(text: str, what: str) -> WeightsStamp:

@@ -13,7 +13,7 @@ from fluxsplit.arguments import check_choice
 from fluxsplit.checkpoint import describe, part, variant_of
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.conditioning_cache import Encoders
-from fluxsplit.conditioning_header import check_file, check_prompt_is, saved
+from fluxsplit.conditioning_header import Saved, check_file, check_prompt_is, saved
 from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
 from fluxsplit.fingerprint import file_sha256, stamp_of
 from fluxsplit.found import read_found
@@ -88,10 +88,12 @@ def _order(source: Path, values: Mapping[str, Any]) -> Order:
     record = record_of(source)
     latent = _latent(source, found, record, keeping)
     if values.get("conditioning"):
-        conditioning = _conditioning(images[0], values["conditioning"], transformer)
-        images = [replace(image, conditioning=conditioning) for image in images]
+        kept = _conditioning(images[0], values["conditioning"], transformer, told)
+        images = [replace(image, conditioning=kept.path, conditioning_sha256=kept.sha256) for image in images]
         files, encoders = transformer, None
     else:
+        if found.recipe is not None and found.recipe.conditioning_sha256:
+            told.warnings.append("it was made from a saved --conditioning; its prompt, encoded here, may give another")
         files, encoders = _text_files(found, values, wanted, transformer, images)
     dtype = found.recipe.dtype if repeats and found.recipe is not None and not values.get("dtype") else ""
     return Order(
@@ -104,17 +106,28 @@ def _order(source: Path, values: Mapping[str, Any]) -> Order:
         dtype=dtype or check_choice("dtype", values.get("dtype", "auto"), DTYPES),
         latent=latent,
         parent=Parent(stamp_of(source, "").name, record.latent_sha256 if record is not None else latent_sha256(latent)),
-        lines=tuple(_lines(found, told, keeping, images[0])),
+        lines=tuple(_lines(found, told, keeping, images[0], transformer.transformer)),
     )
 
 
-def _lines(found: FoundRecipe, told: Told, keeping: Keeping, image: ImageJob) -> list[str]:
-    how = {"same": "nothing is changed", "seed": "the seed's own noise"}.get(keeping.keep, f"keep {keeping.keep}")
+def _lines(found: FoundRecipe, told: Told, keeping: Keeping, image: ImageJob, transformer: str) -> list[str]:
+    same = f"nothing is changed{_but(found, image, transformer)}"
+    how = {"same": same, "seed": "the seed's own noise"}.get(keeping.keep, f"keep {keeping.keep}")
     strength = f" at strength {keeping.strength:g}" if keeping.needs_latent else ""
     lines = [f"found: {described(found)}"]
     lines += [f"assumed: {'; '.join((*found.notes, *told.assumed))}"] if (*found.notes, *told.assumed) else []
     lines += [f"warning: {text}" for text in told.warnings]
     return [*lines, f"renders at {image.width}x{image.height}, {how}{strength}"]
+
+
+def _but(found: FoundRecipe, image: ImageJob, transformer: str) -> str:
+    """What differs from a recipe though no setting does, as far as names and hashes at hand tell."""
+    if found.recipe is None:
+        return ""
+    others = ["the model"] if found.recipe.transformer.name != stamp_of(transformer, "").name else []
+    if (found.recipe.conditioning_sha256 or "") != image.conditioning_sha256:
+        others.append("what the prompt is encoded by")
+    return f" but {' and '.join(others)}" if others else ""
 
 
 def _wanted(found: FoundRecipe, values: Mapping[str, Any], told: Told) -> Wanted:
@@ -139,12 +152,12 @@ def _wanted(found: FoundRecipe, values: Mapping[str, Any], told: Told) -> Wanted
     return replace(wanted, model=name)
 
 
-def _conditioning(image: ImageJob, conditioning: str, files: ModelFiles) -> str:
-    """The path of `--conditioning`, if that is for this image's prompt, as those of all seeds, and for the model."""
-    path, made_of = saved(conditioning, image.cfg)
-    check_prompt_is(made_of, image.prompt, path, "drop --conditioning, or name the one of this prompt")
-    check_file(path, part(files.transformer, "transformer"))
-    return path
+def _conditioning(image: ImageJob, conditioning: str, files: ModelFiles, told: Told) -> Saved:
+    """What `--conditioning` names, if it is for this image's prompt, which all seeds have, and for the model."""
+    kept = saved(conditioning, image.cfg)
+    told.warnings += check_prompt_is(kept, image.prompt, "drop --conditioning, or name the one of this prompt")
+    check_file(kept.path, part(files.transformer, "transformer"))
+    return kept
 
 
 def _text_files(

@@ -59,6 +59,8 @@ def _named(word: str, note: Callable[[str], None]) -> list[Path]:
 
 
 def _picked(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UsageError(f"--from-picks {folder}: there is no such folder", "make previews first, or name their folder")
     picked = [folder / name for name, pick in read_picks(folder).items() if pick.pick == "pick"]
     if not picked:
         raise UsageError(f"nothing is picked in {folder}", f"choose with fluxsplit gallery {folder}")

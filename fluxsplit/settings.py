@@ -27,7 +27,7 @@ _OTHER_VARIABLES = {"FLUXSPLIT_CACHE", "FLUXSPLIT_PROGRESS"}
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("text")
+        raise ValueError("text in quotes")
     return value
 
 

@@ -108,7 +108,7 @@ def _delete(path: str, events: Events) -> None:
     try:
         Path(path).unlink()
     except OSError as error:
-        events.send("note", text=f"{path} was decoded but cannot be deleted: {error.strerror}")
+        events.send("failed", item=path, message=f"decoded, but it cannot be deleted: {error.strerror}", hint="")
 
 
 def _decode(

@@ -167,7 +167,7 @@ def _reporting(job: SampleJob, number: int, events: Events) -> Iterator[None]:
         if ends_all(error):
             raise
         image = job.images[number]
-        item = f"seed {image.seed}: {image.prompt[:60]}"
+        item = f"seed {image.seed}" + (f": {image.prompt[:60]}" if image.prompt else "")
         events.send("failed", number=number, item=item, message=error.message, hint=error.hint)
 
 
@@ -183,7 +183,7 @@ def _write(model: _Model, job: SampleJob, number: int, recipe: Recipe, latent: t
     payload = model.space.to_vae(latent).contiguous().view(torch.uint8).numpy().tobytes()
     model.files.check_unchanged()
     image = job.images[number]
-    stamped = _stamped(recipe, job.files, model.stamps, image.conditioning)
+    stamped = _stamped(recipe, job.files, model.stamps, image)
     recipe = replace(stamped, retried=job.retried or None)
     stem = image.stem or _stem(recipe)
     more: dict[str, Any] = {"format": job.format, "parent": image.parent}
@@ -265,21 +265,23 @@ def _recipe(model: _Model, image: ImageJob) -> Recipe:
         stored_dtype=next(iter(model.contents.parts["transformer"].dtypes)),
         versions={name: version(name) for name in _VERSIONED},
         start=image.start,
+        conditioning_sha256=image.conditioning_sha256 or None,
     )
 
 
-def _stamped(recipe: Recipe, files: ModelFiles, stamps: dict[str, Future[WeightsStamp]], conditioning: str) -> Recipe:
+def _stamped(recipe: Recipe, files: ModelFiles, stamps: dict[str, Future[WeightsStamp]], image: ImageJob) -> Recipe:
     """The recipe with the weights' hashes and the time; waits for the hashes, which were computed meanwhile.
 
     Encoders that were not needed are named as the conditioning names them, where it does.
     """
     none = WeightsStamp("")
-    made_with = stamps_in(conditioning) or (none, none)
+    made_with = stamps_in(image.conditioning) or (none, none)
+    encoded = not image.conditioning_sha256
     return replace(
         recipe,
         transformer=stamps[files.transformer].result(),
-        text_encoder=stamps[files.text_encoder].result() if files.text_encoder else made_with[0],
-        clip=stamps[files.clip].result() if files.clip else made_with[1],
+        text_encoder=stamps[files.text_encoder].result() if encoded and files.text_encoder else made_with[0],
+        clip=stamps[files.clip].result() if encoded and files.clip else made_with[1],
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 

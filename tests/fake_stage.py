@@ -90,6 +90,7 @@ def sample(job: SampleJob) -> tuple[int, int]:
             sampler=image.sampler, scheduler=image.scheduler, shift=image.shift, guidance=image.guidance, cfg=image.cfg,
             negative=image.negative, noise_index=image.noise_index, variant="schnell", transformer=stamp,
             text_encoder=stamp, clip=stamp, dtype="fp32", device="cpu",
+            conditioning_sha256=image.conditioning_sha256 or None,
         )  # fmt: skip
         shape = (1, 16, image.height // 8, image.width // 8)
         payload = bytes(4 * 16 * shape[2] * shape[3])

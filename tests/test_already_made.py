@@ -14,7 +14,7 @@ from fluxsplit.conditioning_cache import Encoders
 from fluxsplit.fingerprint import weights_stamp
 from fluxsplit.jobs import ImageJob
 from fluxsplit.models import demo_files
-from fluxsplit.recipe import Recipe
+from fluxsplit.recipe import Recipe, WeightsStamp
 from fluxsplit.start import NoiseGrid, Start
 
 DEMO = demo_files()
@@ -72,8 +72,14 @@ def test_given_levels_count_and_not_where_they_came_from() -> None:
     assert SCHNELL.made(recipe(), replace(JOB, recorded_sigmas=levels, scheduler="beta"))
 
 
-def test_a_file_of_conditioning_is_never_known() -> None:
-    assert not SCHNELL.made(recipe(), replace(JOB, conditioning="x"))
+def test_a_file_of_conditioning_is_known_by_its_hash() -> None:
+    """Whatever text encoders are at hand, of which such a picture's recipe knows nothing."""
+    asked = replace(JOB, conditioning="x", conditioning_sha256="a" * 64)
+    of_file = recipe(conditioning_sha256="a" * 64, text_encoder=WeightsStamp(""), clip=WeightsStamp(""))
+    assert SCHNELL.made(of_file, asked)
+    assert not SCHNELL.made(recipe(), asked) and not SCHNELL.made(of_file, JOB)
+    assert not SCHNELL.made(of_file, replace(asked, conditioning_sha256="b" * 64))
+    assert not SCHNELL.made(replace(of_file, transformer=WeightsStamp("other.safetensors")), asked)
 
 
 @pytest.mark.parametrize("weights", ["transformer", "text_encoder", "clip"])

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, 
 
 from fluxsplit import cli, models, sample_run
 from fluxsplit.arguments import files_in, gather_files, named, prompt_warnings
+from fluxsplit.conditioning_header import payload_sha256
 from fluxsplit.errors import UsageError
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
@@ -702,6 +703,21 @@ def test_workflow_files(run: Run, home: Path) -> None:
     assert (ran.code, "did you mean latents?" in ran.err) == (2, True)
 
 
+def test_a_budget_of_the_settings_that_is_too_small_is_told_with_its_place(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "fluxsplit.toml").write_text('vram = "100M"\n')
+    monkeypatch.setattr(sample_run, "events_with_retry", _too_small)
+    said = run("sample", "-p", "a").err
+    assert f"the budget is 100 MB (vram is set in {home / 'fluxsplit.toml'}); give --vram 442M" in said
+    assert "is set in" not in run("sample", "-p", "a", "--vram", "100M").err
+
+
+def _too_small(*_: object) -> Iterator[dict[str, Any]]:
+    raise UsageError("256x256 needs at least 442 MB, the budget is 100 MB", "give --vram 442M or more")
+    yield {}
+
+
 def test_a_setting_is_not_blamed_for_what_only_shares_its_name(
     run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -750,13 +766,17 @@ def test_what_may_render_nothing_keeps_no_conditioning(run: Run, home: Path) -> 
     assert ran.code == 2 and "--skip-existing may render nothing" in ran.err and not ran.log
 
 
-def test_a_saved_conditioning_is_not_told_by_a_recipe(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = conditioning_file(home / "c.safetensors")
-    words = ("sample", "--conditioning", kept, "--seed", "1..3")
-    refused = run(*words, "--skip-existing")
-    assert refused.code == 2 and "a recipe names its prompt only" in refused.err and not refused.log
+def test_pictures_of_a_saved_conditioning_go_on_as_others_do(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = write(home / "t.safetensors", transformer()), conditioning_file(home / "c.safetensors")
+    words = ("sample", "-m", model, "--conditioning", kept, "--seed", "1..3")
     monkeypatch.setenv("FAKE_FAIL", "sample ends at the second")
-    assert "goes on" not in run(*words).err
+    assert "the same command with --skip-existing goes on" in run(*words).err
+    monkeypatch.delenv("FAKE_FAIL")
+    again = run(*words, "--skip-existing")
+    sha256 = {image["conditioning_sha256"] for image in again.images}
+    assert again.code == 0 and sha256 == {payload_sha256(kept.read_bytes())}
 
 
 def test_what_was_encoded_is_kept_though_sampling_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1001,3 +1021,16 @@ def test_what_other_programs_would_read_in_a_prompt_is_looked_for_quickly() -> N
     for hostile in ("{" + "|" * 99_999, "{" * 50_000 + "|" * 50_000, "-__a" * 25_000, "embedding:" * 10_000):
         prompt_warnings(hostile)
     assert time.process_time() - began_s < 5
+
+
+def test_a_latent_that_cannot_be_deleted_is_a_failure(home: Path) -> None:
+    """As `rm` says it: who deletes to have room is to be told by the exit code as well."""
+    from fluxsplit.stage_decode import _delete
+
+    class Sent:
+        def send(self, event: str, **fields: str) -> None:
+            told.append((event, fields["item"], fields["message"]))
+
+    told: list[tuple[str, str, str]] = []
+    _delete(str(home / "gone.pt"), Sent())  # type: ignore[arg-type]
+    assert told == [("failed", str(home / "gone.pt"), "decoded, but it cannot be deleted: No such file or directory")]

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from test_cli import Run, conditioning_file, home, run
 
 from fluxsplit import conditioning_cache
+from fluxsplit.conditioning_header import saved
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.latents import read_latent, write_latent
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
@@ -345,8 +346,12 @@ def test_a_picture_of_a_conditioning_is_rendered_again_with_it(run: Run, home: P
     assert ran.code == 0, ran.err
     assert ran.images[0]["conditioning"] == str(home / "c.safetensors") and ran.images[0]["prompt"] == "a fox"
     assert ran.job("sample")["files"]["text_encoder"] == "" and "text" not in {entry["stage"] for entry in ran.log}
-    again = run(*words, "--conditioning", home / "c.safetensors")
-    assert again.out == [str(home / "renders" / "0007-128x96-2.png")], "a recipe does not tell one file from another"
+    other = write(home / "d.safetensors", {"t5": (1, 9, 4096), "pooled": (1, 768)}, "F32")
+    third = run(*words, "--conditioning", other)
+    assert third.images[0]["conditioning_sha256"] != ran.images[0]["conditioning_sha256"]
+    assert "d.safetensors does not say its prompt; it is taken for 'a fox'" in third.err
+    warned = run("rerender", preview(home / "previews", "0008", conditioning_sha256="a" * 64), "--dry-run")
+    assert "made from a saved --conditioning" in warned.err
 
 
 def test_a_conditioning_of_something_else_renders_nothing_again(run: Run, home: Path) -> None:
@@ -400,7 +405,8 @@ def test_a_picture_without_a_vae_stops_no_other(run: Run, home: Path, monkeypatc
     other = WeightsStamp("flux1.safetensors", "0" * 64)
     preview(home / "previews", "0001"), preview(home / "previews", "0002", transformer=other)
     kept = conditioning_file(home / "c.safetensors")
-    monkeypatch.setattr("fluxsplit.rerender_orders._conditioning", lambda image, file, files: str(kept))
+    made = saved(str(kept), 1.0)
+    monkeypatch.setattr("fluxsplit.rerender_orders._conditioning", lambda *arguments: made)
     monkeypatch.setattr("fluxsplit.models.find_named", lambda name, kind, comfyui: model)
     ran = run("rerender", "previews", "--conditioning", kept)
     assert ran.code == 1 and ran.out == [str(home / "renders" / "0001-64x48.png")]

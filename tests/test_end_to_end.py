@@ -154,6 +154,15 @@ def test_the_same_seed_gives_the_same_bytes_alone_and_beside_others(
     alone, from_file = (read_latent(done.stdout.strip()) for done in (first, again))
     assert alone.payload == from_file.payload == read_latent(paths[1]).payload
     assert from_file.recipe is not None and from_file.recipe.prompt == PROMPT
+    assert not from_file.recipe.text_encoder.name and from_file.recipe.conditioning_sha256
+    assert alone.recipe is not None and alone.recipe.text_encoder.name and not alone.recipe.conditioning_sha256
+    words = ("rerender", again.stdout.strip(), "--size", "144x128", "--conditioning", kept)
+    rendered = fluxsplit(*words, cwd=tmp_path)
+    once_more = fluxsplit(*words, cwd=tmp_path)
+    assert rendered.returncode == once_more.returncode == 0 and rendered.stdout == once_more.stdout
+    assert "is there already" in once_more.stderr
+    encoded = fluxsplit(*words[:-2], cwd=tmp_path)
+    assert encoded.stdout != rendered.stdout and "made from a saved --conditioning" in encoded.stderr
 
 
 def test_one_bad_latent_does_not_stop_the_rest(sampled: tuple[Path, list[Path], str], tmp_path: Path) -> None:

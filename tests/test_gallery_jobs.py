@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -109,6 +110,16 @@ def test_the_time_is_foretold_from_steps_that_were_timed_here() -> None:
     assert larger == pytest.approx(4 * 3.0 * (8192 + 512) / (4096 + 512))
     assert plan(settings, [picture(model="other.safetensors")])["seconds"] is None
     assert plan(settings, [picture(steps=None), picture()])["seconds"] == pytest.approx(24.0)
+
+
+def test_what_is_enlarged_is_no_second_result() -> None:
+    lines = [{"path": "a.png", "source": "a.pt"}, {"path": "a-2x.png", "source": "a.png"}]
+    code = f"for line in {[json.dumps(line) for line in lines]!r}: print(line)"
+    queue = RenderQueue(lambda words: [sys.executable, "-c", code])
+    queue.submit([], 1)
+    wait_for(lambda: queue.state()[0]["state"] == "done")
+    assert (queue.state()[0]["state"], queue.state()[0]["results"]) == ("done", 1)
+    queue.close()
 
 
 def test_a_render_reports_its_progress_and_its_results(queue: RenderQueue, words: list[str], tmp_path: Path) -> None:
