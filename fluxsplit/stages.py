@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -63,8 +64,18 @@ def as_error(error: BaseException, stage: str) -> FluxsplitError:
     )
 
 
+def keep_tuned() -> None:
+    """Have torch write what TunableOp found for products, which some versions do only where a process ends in order."""
+    torch = sys.modules.get("torch")
+    write = getattr(torch.cuda.tunable, "write_file", None) if torch is not None else None
+    if write is not None and os.environ.get("PYTORCH_TUNABLEOP_ENABLED") == "1":
+        with contextlib.suppress(RuntimeError):
+            write()
+
+
 if __name__ == "__main__":
     code = main()
+    keep_tuned()
     sys.stderr.flush()
     # Not sys.exit: the driver frees the memory either way, and interpreter shutdown with a mapped 12 GB file is slow.
     os._exit(code)

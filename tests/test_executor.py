@@ -311,3 +311,23 @@ def test_segments_do_not_grow_under_wsl(tmp_path: Path, monkeypatch: pytest.Monk
     assert can_grow_segments(tmp_path / "none")
     monkeypatch.setattr("fluxsplit.child_environment.can_grow_segments", lambda: False)
     assert "PYTORCH_ALLOC_CONF" not in child_environment({}, tmp_path)
+
+
+@pytest.mark.parametrize(("enabled", "calls"), [("1", 1), ("0", 0), (None, 0)])
+def test_what_was_tuned_is_written_before_a_stage_ends(
+    enabled: str | None, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage does not end in order, and older torch writes only then; newer has no `write_file`."""
+    import torch.cuda.tunable
+
+    from fluxsplit.stages import keep_tuned
+
+    written: list[int] = []
+    monkeypatch.delenv("PYTORCH_TUNABLEOP_ENABLED", raising=False)
+    if enabled is not None:
+        monkeypatch.setenv("PYTORCH_TUNABLEOP_ENABLED", enabled)
+    monkeypatch.setattr(torch.cuda.tunable, "write_file", lambda: written.append(1), raising=False)
+    keep_tuned()
+    monkeypatch.delattr(torch.cuda.tunable, "write_file")
+    keep_tuned()
+    assert len(written) == calls
