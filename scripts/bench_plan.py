@@ -5,8 +5,9 @@
 
 Each point is a run of the real stage in its own process with one thread: its `plan` event against the peak of RssAnon,
 imports included, and against CPU seconds of a warm step (wall seconds of a shared machine say nothing). Where others
-use the machine, a run may meet them while its rates are measured, or while it computes: `--repeat` goes through all
-points several times, and the last lines are each one's medians. The very last is JSON of all runs. Linux only.
+use the machine, a run may meet them while its rates are measured, or while it computes, each for seconds: `--repeat`
+goes through all points several times. What it says of each then is the median of peaks, and the quickest prediction
+over the quickest step, which are those that met nobody. The last line is JSON of all runs. Linux only.
 """
 
 from __future__ import annotations
@@ -80,17 +81,29 @@ def main() -> None:
         results[number].append(measure(args.path, POINTS[number], args.steps))
         print(results[number][-1], file=sys.stderr, flush=True)
     for number, runs in results.items():
-        print(POINTS[number], *(f"{name} {_median_of(runs, name)}" for name in MEDIANS), sep="  ")
+        print(_summary(number, runs))
     print(json.dumps([run for runs in results.values() for run in runs]))
 
 
-MEDIANS = ("predicted_peak_bytes", "peak_bytes", "peak_ratio", "predicted_step_s", "step_cpu_s", "step_ratio")
+def _summary(number: int, runs: list[dict[str, Any]]) -> str:
+    """One line of a point's runs: GB and seconds, planned and measured, and their ratios."""
+    width, height, text_tokens, dtype, cap = POINTS[number]
+    line = f"{width}x{height}, {text_tokens}, {dtype}, {cap} GB:"
+    done = [run for run in runs if not run.get("error")]
+    if len(done) < len(runs):
+        line += f" {len(runs) - len(done)} failed;"
+    if not done:
+        return line
+    planned, peaks = done[0]["predicted_peak_bytes"], [run["peak_bytes"] for run in done]
+    line += f" {planned / 1e9:.3f} GB planned, {_range([peak / 1e9 for peak in peaks])} measured,"
+    line += f" {planned / median(peaks):.2f};"
+    predicted, steps = ([run[name] for run in done] for name in ("predicted_step_s", "step_cpu_s"))
+    line += f" {_range(predicted)} s planned, {_range(steps)} CPU s measured, {min(predicted) / min(steps):.2f}"
+    return line
 
 
-def _median_of(runs: list[dict[str, Any]], name: str) -> str:
-    """The median of a figure, and all of it."""
-    values = [run[name] for run in runs if run.get(name)]
-    return f"{median(values):g} of {values}" if values else "unknown"
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 if __name__ == "__main__":
