@@ -126,9 +126,12 @@ def run_decode(plan: DecodePlan, progress: Progress, ahead: StageProcess | None 
     return codes.pop() if not plan.jobs and len(codes) == 1 else int(bool(progress.failures))
 
 
-def require_vae(given: dict[str, Any], defaults: dict[str, Any], of_demo: bool) -> None:
-    """Raise FluxsplitError where latents that are still to be sampled, with the demo model or another, have no VAE."""
-    vaes = _Vaes(given, defaults | given)
+def require_vae(given: dict[str, Any], values: dict[str, Any], of_demo: bool) -> None:
+    """Raise FluxsplitError where latents that are still to be sampled, with the demo model or another, have no VAE.
+
+    `values` are the settings with the flags `given` upon them.
+    """
+    vaes = _Vaes(given, values)
     if not (of_demo and vaes.follows_latents):
         vaes.named_or_found()
 

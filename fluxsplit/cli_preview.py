@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"(\d{4,9})(?:-\d+)?\.(?:png|" + "|".join(LATENT_FORMATS) +
 def preview(given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
     """Plan and render, or show the plan; returns the exit code."""
     plan = plan_preview(given, defaults)
-    require_vae(given, defaults, plan.files.is_demo)
+    require_vae(given, defaults | given, plan.files.is_demo)
     if given.get("dry_run"):
         return only_planned(plan, given, progress)
     return run_preview(plan, given, defaults, progress)

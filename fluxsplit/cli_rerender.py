@@ -45,7 +45,7 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
         for line in order.lines:
             progress.note(f"{label}: {line}")
     out = Path(out_folder(values, FOLDER))
-    orders = _decodable(orders, given, defaults, out, progress)
+    orders = _decodable(orders, given, values, out, progress)
     if not values.get("dry_run"):
         orders = _with_latents(orders, values, out, progress)
     planned = _planned(orders, values, out)
@@ -64,16 +64,16 @@ def rerender(given: dict[str, Any], defaults: dict[str, Any], progress: Progress
 
 
 def _decodable(
-    orders: list[Order], given: dict[str, Any], defaults: dict[str, Any], out: Path, progress: Progress
+    orders: list[Order], given: dict[str, Any], values: dict[str, Any], out: Path, progress: Progress
 ) -> list[Order]:
     """The orders whose pictures are there, or have a VAE; the others are told, and raised where there are no more."""
     lacking: dict[bool, FluxsplitError] = {}
     for of_demo in {order.files.is_demo for order in orders}:
         try:
-            require_vae(given, defaults, of_demo)
+            require_vae(given, values, of_demo)
         except FluxsplitError as error:
             lacking[of_demo] = error
-    refused = [order for order in orders if order.files.is_demo in lacking and _is_new(order, defaults | given, out)]
+    refused = [order for order in orders if order.files.is_demo in lacking and _is_new(order, values, out)]
     if refused and len(refused) == len(orders):
         raise lacking[refused[0].files.is_demo]
     for order in refused:

@@ -48,11 +48,10 @@ def saved(name: str, cfg: float) -> Saved:
     if not file.is_file():
         what = "it is a folder" if file.is_dir() else "there is no such file"
         raise UsageError(f"--conditioning {file}: {what}", "make one with --save-conditioning")
-    size_bytes = file.stat().st_size
-    _header(file)
+    prompt, size_bytes = prompt_of(file), file.stat().st_size
     if size_bytes > MAX_FILE_BYTES:
         raise FluxsplitError(f"{file.name} is {size_bytes} bytes, too large for a conditioning")
-    return Saved(absolute(file), prompt_of(file), payload_sha256(file.read_bytes()))
+    return Saved(absolute(file), prompt, payload_sha256(file.read_bytes()))
 
 
 def prompt_of(file: Path) -> str:

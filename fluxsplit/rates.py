@@ -38,6 +38,8 @@ BUS_BYTES = 32 << 20
 FEED_BYTES, FEED_SAMPLES = 256 << 20, 4
 """At most so much is copied, so often, to learn how fast that is."""
 QUERY_CHUNK = 512
+FINITE_CODES = 0x70
+"""Codes of e4m3fn from 0 up to 120, whose products do not leave fp16."""
 DISK_BYTES, DISK_S = 64 << 20, 0.3
 """At most so much is read, and for no longer, to learn how fast a disk is."""
 READ_BYTES = 4 << 20
@@ -65,7 +67,8 @@ def _with_rates(
     head = min(head, hidden)
     heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head)
     wide = _values((rows, hidden), torch.float32, device)
-    codes = matrix.to(torch.float8_e4m3fn)  # which the matrix then is expanded from: random ones as well
+    # not all devices cast to float8; the matrix is expanded from these in turn, so that it is of random values as well
+    codes = torch.randint(0, FINITE_CODES, matrix.shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     copy = {} if device.type == "cpu" else {"bus": _bus_copy(device)}
     run_s = _seconds(
         device,

@@ -22,9 +22,6 @@ from fluxsplit.sample_plan import Plan
 from fluxsplit.step_times import timed
 from fluxsplit.taef1 import peek_beside
 
-MOST_NAMED = 8
-"""Latents in one command that a person may read."""
-
 
 def run_sample_and_taef1(plan: Plan, progress: Progress) -> int:
     """Sample, then have TAEF1 draw every latent that was written; returns the exit code."""
@@ -148,15 +145,11 @@ def decoding(latents: Sequence[str], given: dict[str, Any], out: Path | None = N
 
 
 def _as_folder(latents: Sequence[str]) -> Sequence[str]:
-    """The folder that these latents are all of, if it is, or that holds more of them than one reads; else the latents.
-
-    Those beside them are decoded once more then, which changes nothing where their pictures are.
-    """
+    """The folder that these latents are all of, if it is; else the latents."""
     folder = Path(latents[0]).parent
     held = (file for file in folder.iterdir() if not is_hidden(file))
     there = {str(file) for file in held if file.suffix.lower() in SUFFIXES.values()}
-    alone = len(there) > 1 and there == set(latents)
-    return [str(folder)] if alone or len(latents) > MOST_NAMED else latents
+    return [str(folder)] if len(there) > 1 and there == set(latents) else latents
 
 
 def _shown(name: str) -> str:

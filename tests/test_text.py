@@ -218,6 +218,11 @@ def test_what_fits_once_the_text_is_encoded_is_not_refused_before(
     job_plan.check_fits(replace(job, vram="500M"))
     with pytest.raises(UsageError, match=r"--vram 800M is more than"):
         job_plan.check_fits(replace(job, vram="800M"))
+    card = replace(info, kind="cuda", unified=False, free_bytes=2_000_000_000)
+    monkeypatch.setattr(job_plan, "device_info", lambda device: card)
+    job_plan.check_fits(replace(job, vram="2000M"))
+    with pytest.raises(UsageError, match=r"--vram 2001M is more than"):  # of which RAM is no part
+        job_plan.check_fits(replace(job, vram="2001M"))
 
 
 @pytest.mark.parametrize("part", ["t5", "clip"])
