@@ -33,7 +33,7 @@ def key(sigma: float, guidance: float | None, pooled: torch.Tensor) -> Key:
 
 
 class Modulator(nn.Module):
-    """Stands where a block has an adaLN matrix; gives what was computed before, else computes."""
+    """Stands where a block has an adaLN matrix, and SiLU before it; gives what was computed before, else computes."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class Modulator(nn.Module):
         self.given: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [1, D], the activated embedding → [1, n]."""
+        """x [1, D], the embedding → [1, n]."""
         if self.given is not None:
             return self.given
-        rows: torch.Tensor = self._linear[0](x)
+        rows: torch.Tensor = self._linear[0](F.silu(x))
         return rows
 
 
@@ -62,6 +62,7 @@ class Modulations:
             places = [Modulator(linear) for _, linear in linears]
             for (name, _), place in zip(linears, places, strict=True):
                 block.set_submodule(name, place)
+                block.set_submodule(name.replace("linear", "silu"), nn.Identity())
             self._places.append(places)
             self.matrices.append(nn.ModuleList(linear for _, linear in linears))
 

@@ -31,6 +31,7 @@ class Scratch:
     def __init__(self, limit_bytes: int | None = None) -> None:
         """With a limit, matrices that are larger come in pieces of rows."""
         self._bytes, self._limit_bytes = torch.empty(0, dtype=torch.uint8), limit_bytes
+        self._matrices: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
 
     def rows(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """How many rows of such a matrix come at once."""
@@ -44,11 +45,16 @@ class Scratch:
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised matrix; whatever was taken before is overwritten. Grows to the largest asked for."""
+        known = self._matrices.get((shape, dtype))
+        if known is not None and known.device == device:
+            return known
         count = math.prod(shape) * dtype.itemsize
         if count > self._bytes.numel() or device != self._bytes.device:
+            self._matrices.clear()
             self._bytes = torch.empty(0, dtype=torch.uint8)  # gone before its successor is there
             self._bytes = torch.empty(count, dtype=torch.uint8, device=device)
-        return self._bytes[:count].view(dtype).view(shape)
+        self._matrices[shape, dtype] = matrix = self._bytes[:count].view(dtype).view(shape)
+        return matrix
 
 
 class StoredLinear(nn.Module):

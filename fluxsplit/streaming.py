@@ -27,7 +27,7 @@ from torch import nn
 
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory_plan import ALIGN_BYTES, PIECE_BYTES, PIECES
-from fluxsplit.reader import Filling, Reader, Run
+from fluxsplit.reader import MAX_GAP_BYTES, Filling, Reader, Run
 from fluxsplit.ring import Place, Ring
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.weights import Span, WeightFiles
@@ -60,24 +60,35 @@ class Layout:
 def layout(block: nn.Module, as_mapped: bool = False) -> Layout:
     """How a block's matrices lie in a slot; those that are in no one piece of the file are left where they are.
 
+    Neighbours in the file are as far from each other as they are there, so that one copy brings both: what lies between
+    them, biases mostly, comes along.
     A CPU's matrix products differ in the last bits with the alignment of their operands: with `as_mapped` every matrix
     is as far from a multiple of 256 as it is in the map.
     """
-    places, at = [], 0
-    for child in block.modules():
-        if isinstance(child, StoredLinear) and child.span is not None:
-            span = child.span
-            off = span.start % ALIGN_BYTES if as_mapped and span.start % child.stored.itemsize == 0 else 0
-            places.append(MatrixPlace(child, span, at + off, child.stored))
-            at += -(-(off + span.bytes) // ALIGN_BYTES) * ALIGN_BYTES
-    return Layout(tuple(places), at)
+    spans = [(child.span, child) for child in block.modules() if isinstance(child, StoredLinear) and child.span]
+    places: list[MatrixPlace] = []
+    for span, linear in sorted(spans, key=lambda both: (both[0].path, both[0].start)):
+        last = places[-1] if places else None
+        if last is not None and _is_near(last.span, span):
+            at = last.offset + span.start - last.span.start
+        else:
+            at = -(-(last.offset + last.span.bytes) // ALIGN_BYTES) * ALIGN_BYTES if last is not None else 0
+            at += span.start % ALIGN_BYTES if as_mapped and span.start % linear.stored.itemsize == 0 else 0
+        places.append(MatrixPlace(linear, span, at, linear.stored))
+    stop = places[-1].offset + places[-1].span.bytes if places else 0
+    return Layout(tuple(places), -(-stop // ALIGN_BYTES) * ALIGN_BYTES)
 
 
 def attach(layout: Layout, memory: torch.Tensor) -> None:
     """Let the block's matrices be views of `memory`, a uint8 tensor that holds their bytes."""
+    seen: dict[torch.dtype, torch.Tensor] = {}
     for place in layout.places:
-        part = memory[place.offset : place.offset + place.span.bytes]
-        place.linear.stored = part.view(place.mapped.dtype).view(place.mapped.shape)
+        mapped = place.mapped
+        if mapped.dtype not in seen:
+            seen[mapped.dtype] = memory.view(mapped.dtype)
+        whole = seen[mapped.dtype]
+        start = whole.storage_offset() + place.offset // mapped.itemsize
+        place.linear.stored = whole.as_strided(mapped.shape, mapped.stride(), start)
 
 
 def detach(layout: Layout) -> None:
@@ -248,13 +259,20 @@ class Streaming:
         return torch.cuda.Stream(self._device) if self._as_card else None
 
 
+def _is_near(span: Span, following: Span) -> bool:
+    """Whether a copy of both at once brings hardly more, and leaves both where matrices are to begin."""
+    gap_bytes = following.start - span.stop
+    aligned = (following.start - span.start) % ALIGN_BYTES == 0
+    return span.path == following.path and 0 <= gap_bytes <= min(MAX_GAP_BYTES, span.bytes // 100) and aligned
+
+
 def _runs(layout: Layout) -> tuple[Run, ...]:
-    """A block's matrices; those that are neighbours in the file and in memory, as q, k and v, are one."""
+    """A block's matrices, near neighbours together with what is between them."""
     found: list[Run] = []
     for place in layout.places:
         last = found[-1] if found else None
-        joins = last is not None and (last.span.path, last.span.stop) == (place.span.path, place.span.start)
-        if last is not None and joins and last.at + last.span.bytes == place.offset:
+        joins = last is not None and last.span.path == place.span.path and last.span.stop <= place.span.start
+        if last is not None and joins and place.span.start - last.span.start == place.offset - last.at:
             found[-1] = Run(replace(last.span, stop=place.span.stop), last.at)
         else:
             found.append(Run(place.span, place.offset))

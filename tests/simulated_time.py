@@ -4,8 +4,8 @@ The blocks, the reader and the ring are the product's own, over a file of the tr
 what they ask of a card, and of the C library's reads, only advances a clock. So it can be told how long a step takes on
 a card of any speed, the same on every machine. What it knows: copies share the bus, each stream in its order; a thread
 reads one piece after the other; launching a block's kernels takes the host a while, and it is at most three blocks
-ahead of the card. What it does not: processors and memory that all of them share. Against an H200 it is 1 to 8 % too
-quick (docs/performance.md).
+ahead of the card. What it does not: processors and memory that all of them share. At 2 GB an H200 took up to a tenth
+longer (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class Speed:
     thread_bytes_per_s: float = 4.2e9
     compute_s: float = 0.177
     """Of a step."""
-    launch_s: float = 0.07
+    launch_s: float = 0.12
+    """Of a step, by the host, while threads read beside it: 0.087 to 0.132."""
     pin_s_per_byte: float = 0.035e-9
-    begin_s: float = 15e-6
+    begin_s: float = 7e-6
     """To begin a read."""
-    copy_s: float = 5e-6
-    """To begin a copy."""
-    ask_s: float = 2e-6
+    copy_s: float = 25e-6
+    """To begin a copy, with changing to its stream."""
+    ask_s: float = 1.5e-6
     """To ask about an event or a read, or to record one."""
     wake_s: float = 60e-6
     """Until who has waited goes on."""
@@ -57,8 +58,8 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, speed: Speed) -> None:
         self.now_s, self.speed = 0.0, speed
-        self.bus_s = 0.0
-        """For which the bus was used."""
+        self.bus_s, self.copies = 0.0, 0
+        """For which the bus was used, and how often."""
         self._busy: list[tuple[float, float]] = []
         self.compute, self._on = Stream(self), deque[Stream]()
         self._ends: deque[float] = deque([0.0] * AHEAD, AHEAD)
@@ -101,7 +102,7 @@ class Machine:
         """In the first moments that the bus has, after what the stream has to wait for."""
         self.now_s += self.speed.copy_s
         stream, left_s = self._on[-1], count / self.speed.bus_bytes_per_s
-        self.bus_s += left_s
+        self.bus_s, self.copies = self.bus_s + left_s, self.copies + 1
         at_s = max(stream.ready_s, self.now_s)
         self._busy = [moment for moment in self._busy if moment[1] > self.now_s]
         for begun_s, ended_s in list(self._busy):

@@ -15,7 +15,7 @@ from simulated_time import H200, Machine, Speed
 import synthetic_checkpoint
 from fluxsplit import checkpoint
 from fluxsplit.memory import DeviceInfo
-from fluxsplit.memory_plan import plan_memory
+from fluxsplit.memory_plan import PIECE_BYTES, plan_memory
 from fluxsplit.model_sizes import read_model
 from fluxsplit.streaming import Streaming
 from fluxsplit.transformer import Flux
@@ -38,6 +38,7 @@ class Seen:
     bus_s: float
     streamed_bytes: int
     pinned_bytes: int
+    copies: float
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +70,20 @@ def run(
         pinnable=frozenset(plan.pinnable),
         as_card=True,
     )
-    steps_s, buses_s = [], []
+    steps_s, buses_s, copies = [], [], []
     for _ in range(STEPS):
-        began_s, used_s = machine.now_s, machine.bus_s
+        began_s, used_s, begun = machine.now_s, machine.bus_s, machine.copies
         for number in range(len(flux.blocks)):
             with loader.brought_in(number):
                 machine.compute_block(len(flux.blocks))
         machine.wait_until(machine.compute.ready_s)  # as for the look whether all is finite
         steps_s.append(machine.now_s - began_s)
         buses_s.append(machine.bus_s - used_s)
+        copies.append(machine.copies - begun)
     pinned_bytes = loader._reader.pinned_bytes
     loader.close()
-    return Seen(median(steps_s[WARM:]), median(buses_s[WARM:]), plan.streamed_bytes, pinned_bytes)
+    warm_s, warm_bus_s, warm_copies = (median(each[WARM:]) for each in (steps_s, buses_s, copies))
+    return Seen(warm_s, warm_bus_s, plan.streamed_bytes, pinned_bytes, warm_copies)
 
 
 @pytest.mark.parametrize("budget_gb", [12, 8, 6, 4, 3, 2])
@@ -92,6 +95,14 @@ def test_a_step_takes_what_computing_takes_on_the_fastest_card(
     assert seen.bus_s == pytest.approx(seen.streamed_bytes / H200.bus_bytes_per_s, rel=0.1)
     assert seen.step_s <= LIMIT * max(H200.compute_s, seen.bus_s)
     assert seen.pinned_bytes <= seen.streamed_bytes / 2
+
+
+@pytest.mark.parametrize("budget_gb", [4, 2])
+def test_few_copies_bring_what_streams(path: Path, budget_gb: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whoever begins them has hardly the time to launch the kernels of the fastest card: 10 us and more for each."""
+    seen = run(path, Machine(monkeypatch, H200), budget_gb)
+    assert seen.pinned_bytes > 2 * GB
+    assert seen.copies <= 1.5 * (seen.streamed_bytes - seen.pinned_bytes) / PIECE_BYTES
 
 
 @pytest.mark.parametrize("kind", ["cuda", "hip"])

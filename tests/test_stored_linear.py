@@ -65,3 +65,14 @@ def test_a_matrix_with_nan_is_named_with_its_file() -> None:
     layer = StoredLinear("blocks.0.to_q", codes, None, None, Span("/models/flux.safetensors", 0, 4))
     with pytest.raises(FluxsplitError, match=r"to_q of flux\.safetensors holds NaN"):
         layer(torch.ones(1, 2))
+
+
+def test_all_matrices_share_the_buffer_of_the_largest_however_often_they_are_taken() -> None:
+    scratch, cpu = Scratch(), torch.device("cpu")
+    small = scratch.matrix(torch.Size((3, 8)), torch.bfloat16, cpu)
+    large = scratch.matrix(torch.Size((5, 8)), torch.float32, cpu)
+    again = scratch.matrix(torch.Size((3, 8)), torch.bfloat16, cpu)
+    assert again.shape == small.shape and again.dtype == small.dtype
+    assert again.data_ptr() == large.data_ptr(), "none of them is in the buffer that was too small"
+    assert scratch.matrix(torch.Size((3, 8)), torch.bfloat16, cpu) is again
+    assert scratch.matrix(torch.Size((5, 8)), torch.float32, cpu) is large

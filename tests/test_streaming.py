@@ -20,9 +20,12 @@ from simulated_card import Card
 from small_flux import image, sample, write_conditioning, write_flux
 
 from fluxsplit import background_reads, checkpoint, pinned, reader
+from fluxsplit import streaming as streaming_room
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.read_ahead import ReadAhead, spans
+from fluxsplit.reader import Run
+from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux, Forward
 from fluxsplit.weights import Span, WeightFile, WeightFiles, as_buffer
@@ -447,6 +450,55 @@ def test_spans_of_a_block_are_joined_where_they_touch(path: Path) -> None:
     single = spans(layout(flux.blocks[3]))
     assert len(single) < len(layout(flux.blocks[3]).places)
     assert sum(stop - start for _, start, stop in single) == sum(p.span.bytes for p in layout(flux.blocks[3]).places)
+
+
+@pytest.mark.parametrize("as_mapped", [False, True])
+def test_near_neighbours_are_one_copy_with_what_lies_between_them(as_mapped: bool) -> None:
+    """Not those that are far, in another file, off where matrices are to begin, or with too much between them."""
+    ends = {"a": [(1128, 51200), (51556, 101560), (101732, 161448)], "b": [(161448, 170000)]}
+    ends["c"] = [(0, 25600), (25856, 51200), (51712, 60000), (2**21, 2**21 + 256)]
+    linears = [
+        StoredLinear("", torch.zeros(1, stop - start, dtype=torch.uint8), None, None, Span(path, start, stop))
+        for path, both in reversed(ends.items())
+        for start, stop in reversed(both)
+    ]
+    found = layout(torch.nn.ModuleList(linears), as_mapped)
+    runs = [(run.span.path, run.span.start, run.span.stop) for run in streaming_room._runs(found)]
+    assert runs == [
+        ("a", 1128, 51200),
+        ("a", 51556, 161448),
+        ("b", 161448, 170000),
+        ("c", 0, 51200),
+        ("c", 51712, 60000),
+        ("c", 2**21, 2**21 + 256),
+    ]
+    where = sorted((place.offset, place.offset + place.span.bytes) for place in found.places)
+    assert all(first[1] <= second[0] for first, second in pairwise(where)) and where[-1][1] <= found.bytes
+    for place in found.places:
+        (first,) = [start for path, start, stop in runs if path == place.span.path and start <= place.span.start < stop]
+        assert place.offset % 256 == (place.span.start % 256 if as_mapped else (place.span.start - first) % 256)
+
+
+@pytest.mark.parametrize("most", [3000, 10**5, 15 * 10**5, 10**7])
+def test_a_block_is_read_in_parts_of_one_length(most: int) -> None:
+    """As a thread is given every fourth, say."""
+    ends = [("a", 5, 30000), ("a", 30100, 100000), ("a", 3 * 10**6, 3 * 10**6 + 7), ("b", 0, 4 * 10**6)]
+    runs, at = [], 0
+    for path, start, stop in ends:
+        runs.append(Run(Span(path, start, stop), at))
+        at += stop - start
+    parts = list(reader._shared(runs[::-1], most))
+    pieces = sorted((run.span.path, run.span.start, run.span.stop, run.at) for part in parts for run in part)
+    for run in runs:
+        inside = [piece for piece in pieces if piece[0] == run.span.path and run.span.start <= piece[1] < run.span.stop]
+        assert inside[0][1] == run.span.start and inside[-1][2] == run.span.stop
+        assert all(first[2] == second[1] for first, second in pairwise(inside))
+        assert all(piece[3] - piece[1] == run.at - run.span.start for piece in inside)
+    lengths = [part[-1].span.stop - part[0].span.start for part in parts if part[0].span.path == "b"]
+    assert max(lengths) <= most and sum(lengths) == 4 * 10**6
+    if most > 10 * mmap.PAGESIZE:
+        assert max(lengths) - min(lengths) <= mmap.PAGESIZE * len(lengths)
+        assert len(lengths) <= 1.04 * 4 * 10**6 / most + 1
 
 
 def streaming(flux: Flux, files: WeightFiles, **options: Any) -> Streaming:
