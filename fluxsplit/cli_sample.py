@@ -40,6 +40,8 @@ from fluxsplit.sample_run import decoding, run_sample, run_sample_and_taef1
 from fluxsplit.taef1 import find_taef1
 
 DEFAULT_SIZE = "1024x1024"
+_PARTS = ("text_encoder", "clip", "vae", "tokenizers")
+"""Files that are named beside a model; the demo model has its own."""
 DEMO_SIZE = "256x256"
 """Where it draws best; see docs/demo-model.md."""
 
@@ -166,7 +168,7 @@ def _check_contradictions(given: dict[str, Any]) -> None:
 
 def _check_demo(given: dict[str, Any], wanted: Wanted) -> None:
     if not wanted.model:
-        for name in ("text_encoder", "clip", "vae", "tokenizers"):
+        for name in _PARTS:
             if given.get(name):
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} is given without --model", "the demo model brings its own parts")
@@ -276,7 +278,9 @@ def _guided(images: list[ImageJob], given: dict[str, Any], transformer: str) -> 
 def _found_notes(files: ModelFiles, wanted: Wanted) -> list[str]:
     """What was used without being named, so that nobody wonders which of two files made a picture."""
     if files.is_demo:
-        return ["no model given: using the demo model"]
+        unused = [f"'{name}'" for name in _PARTS if getattr(wanted, name)]  # by settings: flags would have been refused
+        without = f", which has its own parts; {', '.join(unused)} in the settings are not used" if unused else ""
+        return [f"no model given: using the demo model{without}"]
     parts = {"T5": (files.text_encoder, wanted.text_encoder), "CLIP": (files.clip, wanted.clip)}
     return [
         f"{title} found: {path}"

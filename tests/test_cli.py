@@ -97,6 +97,15 @@ def run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     return run_command
 
 
+def test_settings_that_the_demo_model_has_no_use_for_are_told(run: Run, home: Path) -> None:
+    (home / "fluxsplit.toml").write_text('vae = "ae.safetensors"\ntokenizers = "folder"\n')
+    ran = run("sample", "-p", "a red circle", "--seed", "7")
+    assert ran.code == 0
+    assert "using the demo model, which has its own parts; 'vae', 'tokenizers' in the settings are not used" in ran.err
+    (home / "fluxsplit.toml").unlink()
+    assert "settings" not in run("sample", "-p", "a red circle", "--seed", "8").err
+
+
 def test_sample_with_the_demo_model(run: Run, home: Path) -> None:
     ran = run("sample", "-p", "a red circle", "--seed", "7")
     assert ran.code == 0
