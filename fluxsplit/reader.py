@@ -16,7 +16,6 @@ They have a stream of their own, since they may set off while one that comes bef
 from __future__ import annotations
 
 import contextlib
-import mmap
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -246,29 +245,19 @@ def _copy(source: torch.Tensor, filling: Filling, at: int) -> None:
 
 
 def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
-    """Runs, cut and put together to what of one file spans at most `most` bytes.
-
-    In parts of one length, or the thread that is given the rest of every block would have less to do than others.
-    """
-    for together in _neighbours(sorted(runs, key=lambda run: (run.span.path, run.span.start))):
-        start, stop = together[0].span.start, together[-1].span.stop
-        pages = -(-(stop - start) // -(-(stop - start) // most)) // -mmap.PAGESIZE
-        length = min(most, -pages * mmap.PAGESIZE)
-        for first in range(start, stop, length):
-            last = min(stop, first + length)
-            part = [run.within(first, last) for run in together if run.span.start < last and first < run.span.stop]
-            if part:
-                yield part
-
-
-def _neighbours(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Runs of one file with little between them, each list of them in order."""
+    """Runs, cut and put together to what of one file spans at most `most` bytes."""
     together: list[Run] = []
-    for run in runs:
-        last = together[-1].span if together else None
-        if last is not None and (run.span.path != last.path or run.span.start - last.stop > MAX_GAP_BYTES):
-            yield together
-            together = []
-        together.append(run)
+    for run in sorted(runs, key=lambda run: (run.span.path, run.span.start)):
+        path, start = run.span.path, run.span.start
+        while start < run.span.stop:
+            first = together[0].span if together else None
+            near = first is not None and first.path == path and start - together[-1].span.stop <= MAX_GAP_BYTES
+            if first is None or not near or start - first.start >= most:
+                if together:
+                    yield together
+                together, first = [], run.within(start, run.span.stop).span
+            stop = min(run.span.stop, first.start + most)
+            together.append(run.within(start, stop))
+            start = stop
     if together:
         yield together

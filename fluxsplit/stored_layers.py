@@ -49,11 +49,12 @@ class Scratch:
         if known is not None and known.device == device:
             return known
         count = math.prod(shape) * dtype.itemsize
-        if count > self._bytes.numel() or device != self._bytes.device:
-            self._matrices.clear()
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # gone before its successor is there
-            self._bytes = torch.empty(count, dtype=torch.uint8, device=device)
-        self._matrices[shape, dtype] = matrix = self._bytes[:count].view(dtype).view(shape)
+        with torch.inference_mode(False):  # to be usable in and out of it
+            if count > self._bytes.numel() or device != self._bytes.device:
+                self._matrices.clear()
+                self._bytes = torch.empty(0, dtype=torch.uint8)  # gone before its successor is there
+                self._bytes = torch.empty(count, dtype=torch.uint8, device=device)
+            self._matrices[shape, dtype] = matrix = self._bytes[:count].view(dtype).view(shape)
         return matrix
 
 

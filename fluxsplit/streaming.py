@@ -51,7 +51,7 @@ class MatrixPlace:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The matrices of one block, laid out one after the other."""
+    """The matrices of one block, laid out in the order of the file."""
 
     places: tuple[MatrixPlace, ...]
     bytes: int
@@ -68,12 +68,13 @@ def layout(block: nn.Module, as_mapped: bool = False) -> Layout:
     spans = [(child.span, child) for child in block.modules() if isinstance(child, StoredLinear) and child.span]
     places: list[MatrixPlace] = []
     for span, linear in sorted(spans, key=lambda both: (both[0].path, both[0].start)):
-        last = places[-1] if places else None
-        if last is not None and _is_near(last.span, span):
-            at = last.offset + span.start - last.span.start
-        else:
-            at = -(-(last.offset + last.span.bytes) // ALIGN_BYTES) * ALIGN_BYTES if last is not None else 0
-            at += span.start % ALIGN_BYTES if as_mapped and span.start % linear.stored.itemsize == 0 else 0
+        off = span.start % ALIGN_BYTES if as_mapped and span.start % linear.stored.itemsize == 0 else 0
+        last, at = places[-1] if places else None, off
+        if last is not None:
+            at += -(-(last.offset + last.span.bytes) // ALIGN_BYTES) * ALIGN_BYTES
+            as_in_file = last.offset + span.start - last.span.start
+            if _is_near(last.span, span) and as_in_file % ALIGN_BYTES == off:
+                at = as_in_file
         places.append(MatrixPlace(linear, span, at, linear.stored))
     stop = places[-1].offset + places[-1].span.bytes if places else 0
     return Layout(tuple(places), -(-stop // ALIGN_BYTES) * ALIGN_BYTES)
@@ -260,10 +261,9 @@ class Streaming:
 
 
 def _is_near(span: Span, following: Span) -> bool:
-    """Whether a copy of both at once brings hardly more, and leaves both where matrices are to begin."""
+    """Whether a copy that brings both at once brings hardly more than both."""
     gap_bytes = following.start - span.stop
-    aligned = (following.start - span.start) % ALIGN_BYTES == 0
-    return span.path == following.path and 0 <= gap_bytes <= min(MAX_GAP_BYTES, span.bytes // 100) and aligned
+    return span.path == following.path and 0 <= gap_bytes <= min(MAX_GAP_BYTES, span.bytes // 100)
 
 
 def _runs(layout: Layout) -> tuple[Run, ...]:
@@ -271,8 +271,8 @@ def _runs(layout: Layout) -> tuple[Run, ...]:
     found: list[Run] = []
     for place in layout.places:
         last = found[-1] if found else None
-        joins = last is not None and last.span.path == place.span.path and last.span.stop <= place.span.start
-        if last is not None and joins and place.span.start - last.span.start == place.offset - last.at:
+        of_one = last is not None and last.span.path == place.span.path
+        if last is not None and of_one and place.span.start - last.span.start == place.offset - last.at:
             found[-1] = Run(replace(last.span, stop=place.span.stop), last.at)
         else:
             found.append(Run(place.span, place.offset))

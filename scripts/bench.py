@@ -77,6 +77,8 @@ class Watched:
     """Before the first step and after each."""
     moved_bytes: list[int] = field(default_factory=list)
     """Read for the card so far, after each step."""
+    host: list[dict[str, float]] = field(default_factory=list)
+    """`bench_stage.Host` after each step."""
     pinned_bytes: int = 0
     """Of the file, in the page cache, after the last one."""
     plan: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +122,7 @@ def take(seen: Watched, event: dict[str, Any], now: Usage) -> None:
         seen.steps.append(now)
     if event["event"] == "step":
         seen.moved_bytes.append(event["moved_bytes"])
+        seen.host.append(event["host"])
         seen.pinned_bytes = event["pinned_bytes"]
 
 
@@ -172,6 +175,7 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         "pinned_bytes": seen.pinned_bytes,
         "read_bytes_per_pass": round(median(b - a for a, b in pairwise(seen.moved_bytes))),
         "moved_bytes_per_s": round(moved_bytes / step_s),
+        "host": {name: round(median(b[name] - a[name] for a, b in pairwise(seen.host)), 4) for name in seen.host[0]},
         "planned_over_measured_peak": round(seen.plan["peak_bytes"] / measured_bytes(args, seen), 3),
         "planned_over_measured_s": round(planned_s(args, seen.plan) / step_s, 3),
         "step_over_compute": round(step_s / (seen.plan["together"] * floor["compute_s"]), 3),

@@ -5,7 +5,8 @@
 
 Each way copies 4 GB of the file to pinned RAM and from there to the card. What computes launches kernels from Python,
 thousands for each step; the second pair of figures is how both fare together. Without a card nothing is launched and
-the copies end in RAM. Every way is one JSON line.
+the copies end in RAM. Every way is one JSON line; before them, on a card, is what it costs whoever computes to begin
+things.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TORCHS = ((16, 32, 3), (14, 32, 3), (12, 32, 3), (8, 32, 3), (8, 16, 6))
 READS = ((4, 16), (6, 16), (8, 16), (6, 32))
 """Threads that read, MiB of a piece, of which there are twice as many."""
 WINDOW_BYTES = 256 * MIB
+ROUNDS, BEGUN = 6, 400
 
 Way = Callable[[int], None]
 """Brings in so many bytes."""
@@ -141,6 +143,37 @@ def measured(feed: Feed, bring: Way, count: int, device: torch.device) -> dict[s
     return found
 
 
+def host_costs(device: torch.device) -> dict[str, float]:
+    """Microseconds to launch a kernel, begin a copy, change to a stream and record an event."""
+    values, here = torch.zeros(1024, device=device), pinned_ram(4096)
+    there, stream = torch.empty(4096, dtype=torch.uint8, device=device), torch.cuda.Stream(device)
+    event = torch.cuda.Event()
+
+    def change() -> None:
+        with torch.cuda.stream(stream):
+            pass
+
+    begun: dict[str, Callable[[], object]] = {
+        "launch_us": lambda: values.add_(1),
+        "copy_us": lambda: there[:4000].copy_(here[:4000], non_blocking=True),
+        "stream_us": change,
+        "record_us": lambda: event.record(stream),
+    }
+    return {name: round(_begin_s(begin) * 1e6, 2) for name, begin in begun.items()}
+
+
+def _begin_s(begin: Callable[[], object]) -> float:
+    """Seconds until it is begun, of the quickest of some rounds, each short enough for the card's queue."""
+    best_s = float("inf")
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        started_s = time.perf_counter()
+        for _ in range(BEGUN):
+            begin()
+        best_s = min(best_s, (time.perf_counter() - started_s) / BEGUN)
+    return best_s
+
+
 def ways(feed: Feed, count: int) -> Iterator[tuple[str, Way]]:
     """All ways with what they are called."""
     for threads, mib, pieces in TORCHS:
@@ -200,6 +233,8 @@ def main() -> None:
         parser.error(f"{args.path} is smaller than {WINDOW_BYTES // MIB} MiB")
     feed = Feed(args.path, device)
     feed.file.map_pages(0, count)
+    if device.type == "cuda":
+        print(json.dumps(host_costs(device)), flush=True)
     for name, bring in ways(feed, count):
         print(json.dumps({"way": name} | measured(feed, bring, count, device)), flush=True)
 

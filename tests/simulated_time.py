@@ -40,11 +40,11 @@ class Speed:
     launch_s: float = 0.12
     """Of a step, by the host, while threads read beside it: 0.087 to 0.132."""
     pin_s_per_byte: float = 0.035e-9
-    begin_s: float = 7e-6
+    begin_s: float = 15e-6
     """To begin a read."""
     copy_s: float = 25e-6
     """To begin a copy, with changing to its stream."""
-    ask_s: float = 1.5e-6
+    ask_s: float = 2e-6
     """To ask about an event or a read, or to record one."""
     wake_s: float = 60e-6
     """Until who has waited goes on."""

@@ -16,9 +16,9 @@ from small_flux import write_flux
 import bench_floor
 import bench_fp8
 import synthetic_checkpoint
-from bench_stage import Moved
+from bench_stage import Host, Moved
 from bench_watch import AnonymousPeak, usage
-from fluxsplit import checkpoint, fp8
+from fluxsplit import checkpoint, fp8, reader
 from fluxsplit.reader import Reader
 from fluxsplit.streaming import Streaming, layout
 from fluxsplit.transformer import Flux
@@ -45,14 +45,20 @@ def test_what_is_read_for_a_card_is_counted(tmp_path: Path, monkeypatch: pytest.
     flux = Flux(checkpoint.part(path, "transformer"), files := WeightFiles(), torch.float32, torch.device("cpu"))
     Card(monkeypatch, at_once=True)
     monkeypatch.setattr(Reader, "begin", Reader.begin)  # put back afterwards
-    moved = Moved()
+    for what, name in ((Streaming, "brought_in"), (reader, "_copy")):
+        monkeypatch.setattr(what, name, getattr(what, name))
+    moved, host = Moved(), Host()
     moved.count()
+    host.watch()
     loader = Streaming(flux.blocks, files, flux.device, once=True, as_card=True)
     for number in range(len(flux.blocks)):
         with loader.brought_in(number):
-            pass
+            time.sleep(0.002)
     loader.close()
-    assert moved.bytes == sum(place.span.bytes for block in flux.blocks for place in layout(block).places) > 0
+    assert host.launching_s >= 0.002 * len(flux.blocks) and host.waiting_s > 0 and host.bringing_s > 0
+    assert host.copies >= len(flux.blocks)
+    matrices_bytes = sum(place.span.bytes for block in flux.blocks for place in layout(block).places)
+    assert 0 < matrices_bytes <= moved.bytes < 1.01 * matrices_bytes, "with what lies between near neighbours"
 
 
 def test_a_process_is_seen_to_take_memory_and_time() -> None:

@@ -76,3 +76,14 @@ def test_all_matrices_share_the_buffer_of_the_largest_however_often_they_are_tak
     assert again.data_ptr() == large.data_ptr(), "none of them is in the buffer that was too small"
     assert scratch.matrix(torch.Size((3, 8)), torch.bfloat16, cpu) is again
     assert scratch.matrix(torch.Size((5, 8)), torch.float32, cpu) is large
+    assert scratch.matrix(torch.Size((3, 8)), torch.bfloat16, torch.device("meta")).device.type == "meta"
+    assert scratch.matrix(torch.Size((3, 8)), torch.bfloat16, cpu).device == cpu
+
+
+def test_a_buffer_of_inference_can_be_used_out_of_it() -> None:
+    scratch, cpu = Scratch(), torch.device("cpu")
+    with torch.inference_mode():
+        scratch.matrix(torch.Size((4, 3)), torch.float32, cpu).zero_()
+    x = torch.ones(2, 3, requires_grad=True)
+    F.linear(x, scratch.matrix(torch.Size((4, 3)), torch.float32, cpu).fill_(1.0)).sum().backward()
+    assert x.grad is not None and bool((x.grad == 4).all())

@@ -24,9 +24,8 @@ from fluxsplit import streaming as streaming_room
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.read_ahead import ReadAhead, spans
-from fluxsplit.reader import Run
 from fluxsplit.stored_layers import StoredLinear
-from fluxsplit.streaming import Streaming, layout
+from fluxsplit.streaming import Streaming, attach, layout
 from fluxsplit.transformer import Flux, Forward
 from fluxsplit.weights import Span, WeightFile, WeightFiles, as_buffer
 
@@ -454,7 +453,7 @@ def test_spans_of_a_block_are_joined_where_they_touch(path: Path) -> None:
 
 @pytest.mark.parametrize("as_mapped", [False, True])
 def test_near_neighbours_are_one_copy_with_what_lies_between_them(as_mapped: bool) -> None:
-    """Not those that are far, in another file, off where matrices are to begin, or with too much between them."""
+    """Not those that are far, in another file, off where matrices begin on a card, or with too much between them."""
     ends = {"a": [(1128, 51200), (51556, 101560), (101732, 161448)], "b": [(161448, 170000)]}
     ends["c"] = [(0, 25600), (25856, 51200), (51712, 60000), (2**21, 2**21 + 256)]
     linears = [
@@ -464,9 +463,9 @@ def test_near_neighbours_are_one_copy_with_what_lies_between_them(as_mapped: boo
     ]
     found = layout(torch.nn.ModuleList(linears), as_mapped)
     runs = [(run.span.path, run.span.start, run.span.stop) for run in streaming_room._runs(found)]
+    off = [("a", 1128, 161448)] if as_mapped else [("a", 1128, 51200), ("a", 51556, 161448)]
     assert runs == [
-        ("a", 1128, 51200),
-        ("a", 51556, 161448),
+        *off,
         ("b", 161448, 170000),
         ("c", 0, 51200),
         ("c", 51712, 60000),
@@ -479,26 +478,36 @@ def test_near_neighbours_are_one_copy_with_what_lies_between_them(as_mapped: boo
         assert place.offset % 256 == (place.span.start % 256 if as_mapped else (place.span.start - first) % 256)
 
 
-@pytest.mark.parametrize("most", [3000, 10**5, 15 * 10**5, 10**7])
-def test_a_block_is_read_in_parts_of_one_length(most: int) -> None:
-    """As a thread is given every fourth, say."""
-    ends = [("a", 5, 30000), ("a", 30100, 100000), ("a", 3 * 10**6, 3 * 10**6 + 7), ("b", 0, 4 * 10**6)]
-    runs, at = [], 0
-    for path, start, stop in ends:
-        runs.append(Run(Span(path, start, stop), at))
-        at += stop - start
-    parts = list(reader._shared(runs[::-1], most))
-    pieces = sorted((run.span.path, run.span.start, run.span.stop, run.at) for part in parts for run in part)
-    for run in runs:
-        inside = [piece for piece in pieces if piece[0] == run.span.path and run.span.start <= piece[1] < run.span.stop]
-        assert inside[0][1] == run.span.start and inside[-1][2] == run.span.stop
-        assert all(first[2] == second[1] for first, second in pairwise(inside))
-        assert all(piece[3] - piece[1] == run.at - run.span.start for piece in inside)
-    lengths = [part[-1].span.stop - part[0].span.start for part in parts if part[0].span.path == "b"]
-    assert max(lengths) <= most and sum(lengths) == 4 * 10**6
-    if most > 10 * mmap.PAGESIZE:
-        assert max(lengths) - min(lengths) <= mmap.PAGESIZE * len(lengths)
-        assert len(lengths) <= 1.04 * 4 * 10**6 / most + 1
+@pytest.mark.parametrize("as_mapped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_matrix_begins_where_its_dtype_can(tmp_path: Path, dtype: torch.dtype, as_mapped: bool) -> None:
+    """float8 anywhere in the file and wider ones near behind it; a span that lies in another one; all of it copied."""
+    place = tmp_path / "weights"
+    place.write_bytes(random.Random(2).randbytes(300_000))
+    file = WeightFiles().open(str(place))
+
+    def matrix(start: int, count: int, dtype: torch.dtype) -> StoredLinear:
+        raw = file.bytes_at(start, start + count)
+        mapped = (raw if start % dtype.itemsize == 0 else raw.clone()).view(dtype).view(1, -1)
+        return StoredLinear("", mapped, None, None, Span(str(place), start, start + count))
+
+    for start in (1001, 1002, 1004):
+        block = torch.nn.ModuleList(
+            [
+                matrix(start, 65_536, torch.uint8),
+                matrix(start + 65_536, 65_536, dtype),
+                matrix(start + 131_328, 65_536, torch.uint8),
+                matrix(start + 131_328, 512, torch.uint8),
+            ]
+        )
+        wanted = [linear.stored.view(torch.uint8).clone() for linear in block]  # type: ignore[operator, union-attr]
+        found = layout(block, as_mapped)
+        memory = torch.zeros(found.bytes, dtype=torch.uint8)
+        for run in streaming_room._runs(found):
+            memory[run.at : run.at + run.span.bytes] = file.bytes_at(run.span.start, run.span.stop)
+        attach(found, memory)
+        got = [linear.stored.view(torch.uint8) for linear in block]  # type: ignore[operator, union-attr]
+        assert all(map(torch.equal, got, wanted))
 
 
 def streaming(flux: Flux, files: WeightFiles, **options: Any) -> Streaming:
