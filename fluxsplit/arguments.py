@@ -54,7 +54,7 @@ def parse_seeds(texts: Sequence[str], count: int) -> list[int]:
     for text in texts:
         match = _SEED.fullmatch(text)
         if not match:
-            raise UsageError(f"seed {text!r} is neither a number nor a range", "write it as 7 or 7..15")
+            raise UsageError(f"seed {text[:40]!r} is neither a number nor a range", _seed_hint(text.strip().lower()))
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UsageError(f"seed range {text!r} runs backwards", f"write it as {last}..{first}")
@@ -67,6 +67,15 @@ def parse_seeds(texts: Sequence[str], count: int) -> list[int]:
             )
         seeds.update(dict.fromkeys(range(first, last + count)))
     return list(seeds)
+
+
+def _seed_hint(text: str) -> str:
+    """How to write what other tools write otherwise."""
+    if text in ("-1", "random", "rand", "randomize"):
+        return "leave --seed out, and one is drawn and told"
+    if "," in text and all(_SEED.fullmatch(part) for part in text.split(",")):
+        return f"give --seed once for each: {' '.join(f'--seed {part.strip()}' for part in text.split(',')[:3])}"
+    return "write it as 7 or 7..15"
 
 
 def draw_seed() -> int:
@@ -278,6 +287,19 @@ def named(word: str) -> list[Path]:
 def is_overview(file: Path) -> bool:
     """Whether a file is a contact sheet or a peek of ours by its name, and not a picture to go on with."""
     return file.name in ("sheet.png", "peek.png") or file.name.endswith(".peek.png")
+
+
+def without_overviews(files: Sequence[Path], note: Callable[[str], None]) -> list[Path]:
+    """Files that were named, less contact sheets and peeks, as a shell's pattern names these too; `note` is told which.
+
+    Where there is nothing else they are meant.
+    """
+    kept = [file for file in files if not is_overview(file)]
+    if not kept or len(kept) == len(files):
+        return list(files)
+    left = ", ".join(str(file) for file in files if is_overview(file))
+    note(f"{left} left out, as an overview of pictures; name it alone to have it")
+    return kept
 
 
 def is_passed_over(file: Path) -> bool:

@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from fluxsplit import durable
-from fluxsplit.arguments import check_choice, check_device, files_in, gather_files, out_folder, parse_size
+from fluxsplit.arguments import (
+    check_choice,
+    check_device,
+    files_in,
+    gather_files,
+    out_folder,
+    parse_size,
+    without_overviews,
+)
 from fluxsplit.cli_sample import wanted_files
 from fluxsplit.executor import StageProcess
 from fluxsplit.jobs import EncodeJob, absolute
@@ -41,7 +49,7 @@ def plan_encode(given: dict[str, Any], defaults: dict[str, Any], progress: Progr
         "picture to encode",
     )
     job = EncodeJob(
-        images=tuple(absolute(path) for path in pictures),
+        images=tuple(absolute(path) for path in without_overviews(pictures, progress.note)),
         vae="",
         out=out_folder(values, "latents"),
         device=check_device(values.get("device", "auto")),

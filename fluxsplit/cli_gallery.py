@@ -8,6 +8,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def run_gallery(given: dict[str, Any], check_rerender: Callable[[Sequence[str]],
     folder = Path(given.get("folder", FOLDER)).expanduser()
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", 'make previews first: fluxsplit preview --prompt "..."')
+    next(folder.iterdir(), None)  # one that cannot be read is refused at once
     renders = Path(given.get("renders", RENDERS)).expanduser()
     if renders.exists() and not renders.is_dir():
         raise UsageError(f"--renders {renders} is not a folder")
@@ -51,7 +53,8 @@ def run_gallery(given: dict[str, Any], check_rerender: Callable[[Sequence[str]],
         opener = threading.Timer(0.3, webbrowser.open, (address(gallery, gallery.keys.launch_code()),))
         opener.daemon = True
         opener.start()
-    serve(gallery, bound, server(gallery))
+    with suppress(KeyboardInterrupt):  # which is how it is meant to end
+        serve(gallery, bound, server(gallery))
     return 0
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fluxsplit import durable, places
-from fluxsplit.arguments import check_choice, check_device, check_names_differ, files_in, gather_files, out_folder
+from fluxsplit.arguments import (
+    check_choice,
+    check_device,
+    check_names_differ,
+    files_in,
+    gather_files,
+    out_folder,
+    without_overviews,
+)
 from fluxsplit.errors import UsageError
 from fluxsplit.executor import StageProcess
 from fluxsplit.fingerprint import weights_sha256
@@ -39,6 +47,7 @@ def upscale(given: dict[str, Any], defaults: dict[str, Any], progress: Progress)
     """Plan and enlarge; returns the exit code."""
     values = defaults | given
     pictures = gather_files(values.get("pictures", []), _not_enlarged, "picture to enlarge")
+    pictures = without_overviews(pictures, progress.note)
     options = upscale_options({"upscale": "2", **values}, progress)
     if options.job.overwrite:
         check_names_differ(pictures, options.job.out)

@@ -12,6 +12,7 @@ traceback of either.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -60,8 +61,15 @@ class DiskFull(FluxsplitError):
 
 def refusal(error: OSError) -> FluxsplitError:
     """What the system would not do, in its words: a folder that may not be read, a full disk behind stdout."""
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    where = f"{_closed(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
     return FluxsplitError(f"{where}{error.strerror or error}", "--debug shows where")
+
+
+def _closed(name: str) -> Path:
+    """The folder above it that may not be entered, as a person has named that one; else the path itself."""
+    path = Path(name)
+    above = reversed(path.parents)
+    return next((folder for folder in above if os.access(folder, os.F_OK) and not os.access(folder, os.X_OK)), path)
 
 
 def ends_all(error: FluxsplitError) -> bool:

@@ -70,7 +70,19 @@ def found_in(picture: PictureText, path: Path) -> FoundRecipe:
     if found.tool is None and picture.alpha and (text := hidden_text(path)):
         found = _foreign(replace(picture, texts=texts_in(text)))
     width, height = picture.width, picture.height
-    return with_picture_size(replace(found, container=picture.container, picture_width=width, picture_height=height))
+    return _with_start_told(replace(found, container=picture.container, picture_width=width, picture_height=height))
+
+
+def _with_start_told(found: FoundRecipe) -> FoundRecipe:
+    """With the size of the file where there is no other, and a warning where more than noise was drawn from."""
+    found = with_picture_size(found)
+    if found.recipe is not None or found.denoise in (None, 1.0):
+        return found
+    from_another = (
+        f"it was drawn from another picture with denoise {found.denoise:g}, which the file does not hold; "
+        "its seed alone gives another picture"
+    )
+    return replace(found, warnings=(*found.warnings, from_another))
 
 
 def _foreign(picture: PictureText) -> FoundRecipe:
@@ -137,10 +149,13 @@ def _loose_texts(picture: PictureText) -> list[str]:
 
 def _in_latent(path: Path) -> FoundRecipe:
     """Of a batch, what its pictures have in common: the first one's noise index stands for all."""
-    first = read_latents(path)[0]
+    held = read_latents(path)
+    first = held[0]
     found = found_of_recipe(first.recipe) if first.recipe is not None else _comfy_latent(first.foreign)
     height, width = (side * VAE_FACTOR for side in first.shape[2:])
-    return with_picture_size(replace(found, container="latent", picture_width=width, picture_height=height))
+    if len(held) > 1:
+        found = replace(found, notes=(*found.notes, f"it holds a batch of {len(held)}; the first is taken"))
+    return _with_start_told(replace(found, container="latent", picture_width=width, picture_height=height))
 
 
 def _comfy_latent(foreign: Mapping[str, str]) -> FoundRecipe:

@@ -58,7 +58,14 @@ _WIDGETS: dict[str, tuple[str, ...]] = {
     "UnetLoaderGGUF": ("unet_name",),
     "CheckpointLoaderSimple": ("ckpt_name",),
     "LatentFromBatch": ("batch_index", "length"),
+    "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
+    "LoraLoaderModelOnly": ("lora_name", "strength_model"),
+    "ControlNetLoader": ("control_net_name",),
 }
+_PATCHES = ("ipadapter", "pulid", "freeu", "teacache")
+"""In the kind, in lower case, of nodes between a model and its sampler that change what it draws, besides LoRAs."""
+_STEERING = ("controlnet", "stylemodel", "referencelatent", "inpaintmodel")
+"""The same, between the text and the sampler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +181,7 @@ def _settings(walk: _Walk, node: Node) -> FoundRecipe:
         denoise=_denoise(walk, levels),
         noise_source="cpu",
         notes=notes_of(sampler_note, scheduler_note, shift_note, batch_note),
-        warnings=_warnings(walk, node),
+        warnings=notes_of(_began_late(walk, node), *_unlike_ours(walk, positive, node, guider, levels)),
     )
 
 
@@ -241,11 +248,44 @@ def _size(walk: _Walk, sampler: Node) -> tuple[int | None, int | None, int | Non
     return None, None, index, None
 
 
-def _warnings(walk: _Walk, sampler: Node) -> tuple[str, ...]:
+def _began_late(walk: _Walk, sampler: Node) -> str | None:
     if _kind(sampler) != "KSamplerAdvanced":
-        return ()
+        return None
     first = as_count(walk.value(sampler, "start_at_step"), 10_000) or 0
-    return (f"sampling began at step {first} of another sampler's latent",) if first else ()
+    return f"sampling began at step {first} of another sampler's latent" if first else None
+
+
+def _unlike_ours(walk: _Walk, positive: Node, *models: Node) -> Iterator[str]:
+    """What the graph does to the model and to the text that fluxsplit does not."""
+    loras, others = dict[str, None](), dict[str, None]()
+    for start in models:
+        for node in walk.back(start, ("model", "")):
+            if "lora" in _kind(node).lower():
+                loras.update(dict.fromkeys(_loras_of(walk, node)))
+            elif any(part in _kind(node).lower() for part in _PATCHES):
+                others[_kind(node)[:80]] = None
+    for node in walk.back(positive, ("conditioning", "positive", "conditioning_1", "")):
+        if any(part in _kind(node).lower() for part in _STEERING):
+            others[_kind(node)[:80]] = None
+    for what, names in (("loads LoRA", loras), ("uses", others)):
+        if names:
+            yield f"the graph {what} {', '.join(list(names)[:4])}, which fluxsplit does not"
+
+
+def _loras_of(walk: _Walk, node: Node) -> Iterator[str]:
+    """Files that a LoRA node loads: by name, or in tables as rgthree's Power Lora Loader has them; else its kind."""
+    if walk.value(node, "strength_model") == 0:
+        return
+    found = False
+    for name, value in table_of(node.get("inputs")).items():
+        table = table_of(value)
+        text = as_text(table.get("lora")) if table else as_text(value) if "lora" in name.lower() else None
+        if text and text != "None":
+            found = True
+            if not table or (table.get("on") is not False and table.get("strength") != 0):
+                yield text.replace("\\", "/").split("/")[-1][:80]
+    if not found:
+        yield _kind(node)[:80]
 
 
 # -- the page's graph ---------------------------------------------------------------------------------------------

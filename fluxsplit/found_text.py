@@ -9,6 +9,7 @@ from dataclasses import asdict
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.found_recipe import FoundRecipe
 from fluxsplit.metadata import SAMPLER_NAMES, SCHEDULE_NAMES, parameters_text, quoted
+from fluxsplit.models import DEMO, DEMO_FILE
 from fluxsplit.recipe import Recipe
 
 FORMS = ("a1111", "cli", "json")
@@ -87,6 +88,7 @@ def as_command(found: FoundRecipe) -> str:
     size = f"{found.width}x{found.height}" if found.width and found.height else None
     given = found.scheduler == "custom" and found.sigmas
     options: dict[str, object] = {
+        "--model": DEMO if found.recipe is not None and found.model == DEMO_FILE else found.model,
         "--seed": found.seed,
         "--noise-index": found.noise_index or None,
         "--size": size,
@@ -102,9 +104,10 @@ def as_command(found: FoundRecipe) -> str:
     for name, value in options.items():
         if value is not None:
             words += [name, repr(value) if isinstance(value, float) else str(value)]
-    command = shlex.join(words)
-    started = started_from(found.recipe)
-    return f"# {started}: only `fluxsplit rerender --from` it makes the same picture\n{command}" if started else command
+    told = [f"# {warning}" for warning in found.warnings]
+    if started := started_from(found.recipe):
+        told.append(f"# {started}: only `fluxsplit rerender --from` it makes the same picture")
+    return "\n".join([*told, shlex.join(words)])
 
 
 def started_from(recipe: Recipe | None) -> str:

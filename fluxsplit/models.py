@@ -19,6 +19,7 @@ from fluxsplit.recipe import LATENT_CHANNELS
 
 DEMO = "demo"
 """What the demo model is called where a model or a VAE is named."""
+DEMO_FILE = "flux-demo.safetensors"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 TEXT = ("t5", "clip")
 _TITLES = {"transformer": "transformer", "t5": "T5 text encoder", "clip": "CLIP-L text encoder", "vae": "VAE"}
@@ -64,7 +65,7 @@ class Wanted:
 
 def demo_files() -> ModelFiles:
     """The small Flux inside this package; raises ModelFileMissing where the package lacks it."""
-    file, tokenizers = DEMO_FOLDER / "flux-demo.safetensors", DEMO_FOLDER / "tokenizers"
+    file, tokenizers = DEMO_FOLDER / DEMO_FILE, DEMO_FOLDER / "tokenizers"
     if not file.is_file():
         raise ModelFileMissing(f"the demo model {file} is missing", "install fluxsplit again, or name a --model")
     one = absolute(file)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fluxsplit import durable
 from fluxsplit.latents import LatentFile
 from fluxsplit.metadata import ImageRecord, encode_png, png_text_chunks
+from fluxsplit.models import DEMO_FILE
 from fluxsplit.recipe import LATENT_CHANNELS, WeightsStamp
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 LIVE_NAME = "peek.png"
 """What `sample --peek-steps` writes again after each step."""
-DEMO_TRANSFORMER = "flux-demo.safetensors"
 SUFFIX = ".peek.png"
 SHRINK = 4
 """A preview has a quarter of the picture's sides."""
@@ -89,7 +89,7 @@ def demo_map() -> PeekMap:
 
 def map_for(transformer: str) -> PeekMap:
     """The map for latents of the transformer in the file of that name; FLUX.1's but for the demo model."""
-    return demo_map() if transformer == DEMO_TRANSFORMER else FLUX
+    return demo_map() if transformer == DEMO_FILE else FLUX
 
 
 def draw(payload: bytes, height: int, width: int, peek_map: PeekMap) -> Image:

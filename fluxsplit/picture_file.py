@@ -70,8 +70,8 @@ def read_picture(path: str | Path) -> Picture:
     except FluxsplitError:
         raise
     except Exception as error:  # Pillow's readers fail in many ways on files that lie
-        detail = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        raise FluxsplitError(f"{path.name} cannot be read as a picture: {detail}") from error
+        detail = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise FluxsplitError(f"{path.name} cannot be read as a picture, it is damaged: {detail}") from error
 
 
 def _opened(path: Path, texts: dict[str, str]) -> Picture:

@@ -52,12 +52,12 @@ def refuse_quantisation(path: str | Path, name: str, dtype: str) -> None:
 
 def refuse_foreign(path: str | Path, names: Iterable[str]) -> NoReturn:
     """Raise FluxsplitError that says which model the keys belong to, as far as they tell."""
-    keys = sorted(names)
+    keys, name = sorted(names), Path(path).absolute().name
     for mark, what in _QUANTISATIONS:
         if any(mark in key for key in keys):
-            raise FluxsplitError(f"{Path(path).name} is quantised as {what}, which is not supported", _HINT)
+            raise FluxsplitError(f"{name} is quantised as {what}, which is not supported", _HINT)
     for mark, what in _FOREIGN:
         if any(mark in key for key in keys):
-            raise FluxsplitError(f"{Path(path).name} is {what}, not FLUX.1", _HINT)
+            raise FluxsplitError(f"{name} is {what}, not FLUX.1", _HINT)
     shown = ", ".join(keys[:3]) or "none"
-    raise FluxsplitError(f"{Path(path).name} is not a FLUX.1 weight file; its first tensors are {shown}", _HINT)
+    raise FluxsplitError(f"{name} is not a FLUX.1 weight file; its first tensors are {shown}", _HINT)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.arguments import is_overview, is_passed_over, named, read_names
+from fluxsplit.arguments import is_overview, is_passed_over, named, read_names, without_overviews
 from fluxsplit.errors import FluxsplitError, UsageError
 from fluxsplit.latents import SUFFIXES, read_latent
 from fluxsplit.metadata import ImageRecord, as_rendered, read_record
@@ -33,7 +33,7 @@ def gather(values: Mapping[str, Any], note: Callable[[str], None]) -> list[Path]
         files.update(dict.fromkeys(_picked(Path(values["from_picks"]).expanduser())))
     if not files:
         raise UsageError("there is no picture to render again", "name some with --from, or use --from-picks")
-    return list(files)
+    return without_overviews(list(files), note)
 
 
 def _named(word: str, note: Callable[[str], None]) -> list[Path]:

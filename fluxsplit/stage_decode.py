@@ -95,6 +95,7 @@ def _foretell(job: DecodeJob, events: Events) -> None:
                     plan = session.tile_plan(height, width, job.tile).text()
                 else:
                     plan = session.decode_plan(height, width).text()
+                plan += "; then the latent is deleted" if job.delete_latents else ""
                 size = width * session.vae.shape.factor, height * session.vae.shape.factor
                 tell_planned(events, path, _target(job, latent), size, session.device, plan)
 

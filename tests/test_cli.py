@@ -22,7 +22,7 @@ from headers import Shapes, all_in_one, clip, t5, tokenizers, transformer, vae, 
 from fluxsplit import cli, models, sample_run
 from fluxsplit.arguments import files_in, gather_files, named, prompt_warnings
 from fluxsplit.conditioning_header import payload_sha256
-from fluxsplit.errors import UsageError
+from fluxsplit.errors import UsageError, refusal
 from fluxsplit.fingerprint import file_sha256
 from fluxsplit.metadata import encode_png
 from fluxsplit.sample_run import decoding
@@ -104,6 +104,20 @@ def test_settings_that_the_demo_model_has_no_use_for_are_told(run: Run, home: Pa
     assert "using the demo model, which has its own parts; 'vae', 'tokenizers' in the settings are not used" in ran.err
     (home / "fluxsplit.toml").unlink()
     assert "settings" not in run("sample", "-p", "a red circle", "--seed", "8").err
+
+
+@pytest.mark.parametrize(
+    ("seed", "hint"),
+    [
+        ("-1", "leave --seed out, and one is drawn"),
+        ("random", "leave --seed out, and one is drawn"),
+        ("1, 2,3", "give --seed once for each: --seed 1 --seed 2 --seed 3"),
+        ("seven", "write it as 7 or 7..15"),
+    ],
+)
+def test_seeds_as_other_tools_write_them_are_answered(run: Run, seed: str, hint: str) -> None:
+    ran = run("sample", "-p", "a red circle", "--seed", seed)
+    assert ran.code == 2 and hint in ran.err and not ran.log
 
 
 def test_sample_with_the_demo_model(run: Run, home: Path) -> None:
@@ -811,6 +825,21 @@ def test_the_systems_refusal_is_no_bug(run: Run, monkeypatch: pytest.MonkeyPatch
     assert ran.code == 1 and "Traceback" in ran.err
     ran = run("info", __file__)
     assert (ran.code, ran.err) == (1, said)
+
+
+def test_a_refusal_names_the_folder_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what was looked for in it."""
+    (tmp_path / "closed").mkdir()
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "closed" if mode == os.X_OK else access(path, mode)
+    )
+    inside = PermissionError(
+        errno.EACCES, "Permission denied", str(tmp_path / "closed" / "transformer" / "config.json")
+    )
+    assert refusal(inside).message == f"{tmp_path / 'closed'}: Permission denied"
+    beside = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "file"))
+    assert refusal(beside).message == f"{tmp_path / 'file'}: Permission denied"
 
 
 def test_a_folder_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:

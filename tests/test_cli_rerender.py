@@ -193,6 +193,8 @@ def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:
     by_glob = run("rerender", "--from", "previews/*.png", "--dry-run", "--json")
     assert len(json.loads(by_glob.out[0])["images"]) == 2
     assert not [entry for entry in by_glob.log if entry["what"] == "job"]
+    by_shell = run("rerender", *sorted((home / "previews").glob("*.png")), "--dry-run", "--json")
+    assert len(by_shell.out) == len(by_glob.out) and "sheet.png left out" in by_shell.err
     by_folder = run("rerender", "--from", "previews", "--seed", "11..12")
     assert [image["stem"] for image in by_folder.images] == [
         f"{name}-64x48-seed{seed}" for name in ("0001", "0002") for seed in (11, 12)

@@ -114,7 +114,8 @@ def test_a_dry_run_of_decode_says_how_and_makes_nothing(sampled: tuple[Path, lis
     told = [json.loads(line) for line in fluxsplit(*words, "--json", cwd=tmp_path).stdout.splitlines()]
     assert [one.get("width") for one in told] == [136, 136, None] and told[0]["plan"] in done.stdout
     assert told[2]["failed"] == str(large) and "--vram" in told[2]["hint"] + told[2]["message"]
-    tiled = fluxsplit("decode", sampled[1][0], "--tile", "64", "--dry-run", cwd=tmp_path)
+    tiled = fluxsplit("decode", sampled[1][0], "--tile", "64", "--dry-run", "--delete-latents", cwd=tmp_path)
+    assert "then the latent is deleted" in tiled.stdout and "deleted" not in done.stdout and sampled[1][0].exists()
     assert "in tiles of 64 pixels" in tiled.stdout and len(list(tmp_path.iterdir())) == 1
 
 

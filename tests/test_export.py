@@ -112,3 +112,24 @@ def test_a_folder_stands_for_its_pictures(tmp_path: Path, capsys: pytest.Capture
         ours(tmp_path / "in" / name)
     assert run_export([str(tmp_path / "in")], "web", str(tmp_path / "out"), True, Progress()) == 0
     assert [Path(line).name for line in capsys.readouterr().out.split()] == ["a-web.webp", "b-web.webp"]
+
+
+def test_an_overview_among_named_pictures_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell's pattern names it too; named alone it is meant."""
+    sheet, picture = tmp_path / "sheet.png", tmp_path / "0001.png"
+    for file in (sheet, picture):
+        ours(file)
+    assert run_export([str(picture), str(sheet)], "web", str(tmp_path / "out"), True, Progress()) == 0
+    printed = capsys.readouterr()
+    assert [Path(line).name for line in printed.out.split()] == ["0001-web.webp"]
+    assert f"{sheet} left out" in printed.err
+    assert run_export([str(sheet)], "web", str(tmp_path / "out"), True, Progress()) == 0
+    assert Path(capsys.readouterr().out.strip()).name == "sheet-web.webp"
+
+
+def test_a_copy_for_civitai_without_a_recipe_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    ours(tmp_path / "x.png")
+    for name, told in (("photo.png", True), ("x.png", False)):
+        assert run_export([str(tmp_path / name)], "civitai", str(tmp_path / "out"), True, Progress()) == 0
+        assert ("says no parameters" in capsys.readouterr().err) == told

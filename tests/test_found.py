@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_a_command_says_where_it_is_not_enough(tmp_path: Path) -> None:
         assert len(lines) == (2 if recipe.start else 1)
         assert ("start" in dict(facts_of(read_found(path)))) == bool(recipe.start)
     assert lines[0].startswith("# keeps the composition of another picture") and "rerender --from" in lines[0]
+
+
+def test_of_a_batch_the_first_is_taken_and_that_is_told(tmp_path: Path) -> None:
+    path = write_latent(tmp_path, "x", make_payload() * 3, (3, *SHAPE[1:]), None)
+    assert read_found(path).notes == ("it holds a batch of 3; the first is taken",)
+
+
+def test_the_command_of_the_demo_models_picture_names_it(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    for name, word in (("flux-demo.safetensors", "--model demo "), (recipe.transformer.name, recipe.transformer.name)):
+        of_it = replace(recipe, transformer=replace(recipe.transformer, name=name))
+        path = write_latent(tmp_path, name, make_payload(), SHAPE, of_it)
+        assert word in as_form(read_found(path), "cli", name)
 
 
 @pytest.mark.parametrize("format", LATENT_FORMATS)

@@ -13,6 +13,7 @@ from foreign_files import (
     API,
     CASES,
     FORGE,
+    GUI,
     KSAMPLER,
     Case,
     comment,
@@ -28,6 +29,7 @@ from fluxsplit.errors import FluxsplitError
 from fluxsplit.found import read_found
 from fluxsplit.found_a1111 import read_a1111
 from fluxsplit.found_comfy import read_comfy
+from fluxsplit.found_text import as_form
 from fluxsplit.found_values import (
     as_count,
     as_number,
@@ -206,3 +208,84 @@ def test_broken_files_give_typed_errors(tmp_path: Path) -> None:
 @pytest.mark.torture
 def test_broken_files_in_bulk(tmp_path: Path) -> None:
     assert fuzz(tmp_path, 200_000, 2) == 200_000
+
+
+def patched(**nodes: dict[str, object]) -> str:
+    """The KSampler's graph with nodes between the loader and the sampler, in turn, and ControlNet if it is named."""
+    graph = json.loads(json.dumps(KSAMPLER))
+    graph["3"]["inputs"]["denoise"] = 1.0
+    before, text = "4", "6"
+    for name, inputs in nodes.items():
+        kind = name.replace("_", " ")
+        if "Control" in kind:
+            graph[name] = {"class_type": kind, "inputs": inputs | {"positive": [text, 0]}}
+            graph["3"]["inputs"]["positive"] = [name, 0]
+        else:
+            graph[name] = {"class_type": kind, "inputs": inputs | {"model": [before, 0]}}
+            before = name
+    graph["3"]["inputs"]["model"] = [before, 0]
+    return json.dumps(graph)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "warnings"),
+    [
+        ({}, ()),
+        (
+            {"LoraLoaderModelOnly": {"lora_name": "style\\fox.safetensors", "strength_model": 0.8}},
+            ("the graph loads LoRA fox.safetensors, which fluxsplit does not",),
+        ),
+        ({"LoraLoader": {"lora_name": "fox.safetensors", "strength_model": 0, "strength_clip": 0}}, ()),
+        (
+            {
+                "Power_Lora_Loader_(rgthree)": {
+                    "lora_1": {"on": True, "lora": "a.safetensors", "strength": 1},
+                    "lora_2": {"on": False, "lora": "b.safetensors", "strength": 1},
+                    "lora_3": {"on": True, "lora": "c.safetensors", "strength": 1},
+                },
+                "LoraLoader": {"lora_name": "d.safetensors", "strength_model": 1},
+            },
+            ("the graph loads LoRA d.safetensors, a.safetensors, c.safetensors, which fluxsplit does not",),
+        ),
+        (
+            {"CR_Apply_LoRA_Stack": {"lora_stack": ["77", 0]}, "IPAdapterFlux": {"weight": 1}},
+            (
+                "the graph loads LoRA CR Apply LoRA Stack, which fluxsplit does not",
+                "the graph uses IPAdapterFlux, which fluxsplit does not",
+            ),
+        ),
+        (
+            {"ControlNetApplyAdvanced": {"strength": 0.6, "control_net": ["80", 0]}},
+            ("the graph uses ControlNetApplyAdvanced, which fluxsplit does not",),
+        ),
+    ],
+)
+def test_what_a_graph_does_that_fluxsplit_does_not_is_told(
+    nodes: dict[str, dict[str, object]], warnings: tuple[str, ...]
+) -> None:
+    found = read_comfy(patched(**nodes), "")
+    assert found.warnings == warnings
+    assert (found.prompt, found.model) == ("a fox", "flux1-schnell-fp8.safetensors")
+
+
+def test_a_lora_of_the_pages_graph_alone_is_told() -> None:
+    graph = json.loads(json.dumps(GUI))
+    lora = {"id": 70, "type": "LoraLoaderModelOnly", "inputs": [{"name": "model", "link": 1}]}
+    graph["nodes"].append(lora | {"widgets_values": ["fox.safetensors", 1.0]})
+    graph["nodes"][2]["inputs"][0]["link"] = 70
+    graph["links"].append([70, 70, 0, 3, 0, "MODEL"])
+    assert read_comfy("", json.dumps(graph)).warnings == (
+        "the graph loads LoRA fox.safetensors, which fluxsplit does not",
+    )
+
+
+def test_a_picture_drawn_from_another_one_says_so(tmp_path: Path) -> None:
+    """In what is told of it, and above the command that cannot repeat it, which names the model."""
+    png(tmp_path / "x.png", {"prompt": json.dumps(KSAMPLER)})
+    png(tmp_path / "y.png", {"prompt": json.dumps(API)})
+    found = read_found(tmp_path / "x.png")
+    assert [warning for warning in found.warnings if "drawn from another picture with denoise 0.75" in warning]
+    *comments, command = as_form(found, "cli", "x.png").splitlines()
+    assert comments == [f"# {warning}" for warning in found.warnings]
+    assert "--model flux1-schnell-fp8.safetensors" in command
+    assert not read_found(tmp_path / "y.png").warnings

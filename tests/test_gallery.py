@@ -146,11 +146,8 @@ def test_the_command_prints_its_address_and_ends_at_ctrl_c(tmp_path: Path) -> No
         assert page.recv(1 << 16).startswith(b"HTTP/1.1 200")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-    assert (
-        process.returncode == 130
-        and out == ""
-        and err.split("\n") == ["fluxsplit: the gallery runs until Ctrl-C", "fluxsplit: interrupted", ""]
-    )
+    assert process.returncode == 0 and out == "", "as that is how it is meant to end"
+    assert err.split("\n") == ["fluxsplit: the gallery runs until Ctrl-C", ""]
 
 
 @pytest.mark.parametrize(
