@@ -149,12 +149,9 @@ def _loose_texts(picture: PictureText) -> list[str]:
 
 def _in_latent(path: Path) -> FoundRecipe:
     """Of a batch, what its pictures have in common: the first one's noise index stands for all."""
-    held = read_latents(path)
-    first = held[0]
+    first = read_latents(path)[0]
     found = found_of_recipe(first.recipe) if first.recipe is not None else _comfy_latent(first.foreign)
     height, width = (side * VAE_FACTOR for side in first.shape[2:])
-    if len(held) > 1:
-        found = replace(found, notes=(*found.notes, f"it holds a batch of {len(held)}; the first is taken"))
     return _with_start_told(replace(found, container="latent", picture_width=width, picture_height=height))
 
 

@@ -19,6 +19,7 @@ from fluxsplit.fingerprint import file_sha256, stamp_of
 from fluxsplit.found import read_found
 from fluxsplit.found_recipe import FoundRecipe
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
+from fluxsplit.latents import read_latents
 from fluxsplit.metadata import ImageRecord
 from fluxsplit.models import DEMO, Wanted, demo_files, find_tokenizers, resolve
 from fluxsplit.progress import Progress
@@ -78,6 +79,8 @@ def _order(source: Path, values: Mapping[str, Any]) -> Order:
     found = read_found(source)
     require_recipe(found, values)
     told = Told(warnings=list(found.warnings))
+    if found.container == "latent" and (count := len(read_latents(source))) > 1:
+        told.assumed.append(f"the first of the {count} latents that it holds")
     wanted = _wanted(found, values, told)
     transformer = resolve(wanted, ("transformer",))
     variant = variant_of(part(transformer.transformer, "transformer"))

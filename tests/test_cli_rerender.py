@@ -14,6 +14,7 @@ import pytest
 from headers import transformer, vae, write
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from samples import SHAPE, make_payload
 from test_cli import Run, conditioning_file, home, run
 
 from fluxsplit import conditioning_cache
@@ -184,6 +185,15 @@ def test_a_name_that_is_no_text_is_a_parent_all_the_same(run: Run, home: Path) -
     (latent,) = (home / "renders" / "latents").glob("*.pt")
     parent = read_latent(latent).parent
     assert parent is not None and parent.name == "a?.png"
+
+
+def test_of_a_batch_of_latents_the_first_is_rendered_and_that_is_told(run: Run, home: Path) -> None:
+    write_latent(home, "batch", make_payload() * 3, (3, *SHAPE[1:]), None)
+    write_latent(home, "one", make_payload(), SHAPE, None)
+    for name, told in (("batch", True), ("one", False)):
+        ran = run("rerender", f"{name}.pt", "-p", "a fox", "-m", "demo", "--seed", "1", "--dry-run")
+        assert ran.code == 0, ran.err
+        assert ("the first of the 3 latents that it holds" in ran.err) == told
 
 
 def test_globs_folders_stdin_and_several_seeds(run: Run, home: Path) -> None:

@@ -44,11 +44,6 @@ def test_a_command_says_where_it_is_not_enough(tmp_path: Path) -> None:
     assert lines[0].startswith("# keeps the composition of another picture") and "rerender --from" in lines[0]
 
 
-def test_of_a_batch_the_first_is_taken_and_that_is_told(tmp_path: Path) -> None:
-    path = write_latent(tmp_path, "x", make_payload() * 3, (3, *SHAPE[1:]), None)
-    assert read_found(path).notes == ("it holds a batch of 3; the first is taken",)
-
-
 def test_the_command_of_the_demo_models_picture_names_it(tmp_path: Path) -> None:
     recipe = make_recipe()
     for name, word in (("flux-demo.safetensors", "--model demo "), (recipe.transformer.name, recipe.transformer.name)):
