@@ -104,7 +104,8 @@ def as_command(found: FoundRecipe) -> str:
     for name, value in options.items():
         if value is not None:
             words += [name, repr(value) if isinstance(value, float) else str(value)]
-    told = [f"# {warning}" for warning in found.warnings]
+    # names in them are strangers', and whatever came after a line's end would be a command
+    told = ["# " + "".join(c if c.isprintable() else " " for c in warning) for warning in found.warnings]
     if started := started_from(found.recipe):
         told.append(f"# {started}: only `fluxsplit rerender --from` it makes the same picture")
     return "\n".join([*told, shlex.join(words)])

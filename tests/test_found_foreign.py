@@ -289,3 +289,16 @@ def test_a_picture_drawn_from_another_one_says_so(tmp_path: Path) -> None:
     assert comments == [f"# {warning}" for warning in found.warnings]
     assert "--model flux1-schnell-fp8.safetensors" in command
     assert not read_found(tmp_path / "y.png").warnings
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x0b", "\x85", "\u2028", "\0"])
+def test_no_name_in_a_graph_becomes_a_command(tmp_path: Path, end: str) -> None:
+    """What `info --as cli` prints is pasted into shells."""
+    name = f"a{end}touch pwned.safetensors"
+    graph = patched(**{f"IPAdapter{end}touch pwned": {}, "LoraLoader": {"lora_name": name, "strength_model": 1}})
+    png(tmp_path / "x.png", {"prompt": graph})
+    found = read_found(tmp_path / "x.png")
+    assert len(found.warnings) == 2
+    *comments, command = as_form(found, "cli", "x.png").splitlines()
+    assert len(comments) == 2 and all(comment.startswith("# ") for comment in comments)
+    assert command.startswith("fluxsplit sample") and "pwned" not in command
