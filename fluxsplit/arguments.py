@@ -46,15 +46,20 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def parse_seeds(texts: Sequence[str], count: int) -> list[int]:
-    """Every seed of numbers and ranges `7..15`, each followed by its `count - 1` successors; none twice."""
+def parse_seeds(texts: Sequence[str], count: int, *, without: str = "one is drawn and told") -> list[int]:
+    """Every seed of numbers and ranges `7..15`, each followed by its `count - 1` successors; none twice.
+
+    `without` says what happens where none is given.
+    """
     if not 1 <= count <= MAX_IMAGES:
         raise UsageError(f"count {count} is outside 1..{MAX_IMAGES}")
     seeds: dict[int, None] = {}
     for text in texts:
         match = _SEED.fullmatch(text)
         if not match:
-            raise UsageError(f"seed {text[:40]!r} is neither a number nor a range", _seed_hint(text.strip().lower()))
+            raise UsageError(
+                f"seed {text[:40]!r} is neither a number nor a range", _seed_hint(text.strip().lower(), without)
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UsageError(f"seed range {text!r} runs backwards", f"write it as {last}..{first}")
@@ -69,12 +74,14 @@ def parse_seeds(texts: Sequence[str], count: int) -> list[int]:
     return list(seeds)
 
 
-def _seed_hint(text: str) -> str:
+def _seed_hint(text: str, without: str) -> str:
     """How to write what other tools write otherwise."""
     if text in ("-1", "random", "rand", "randomize"):
-        return "leave --seed out, and one is drawn and told"
-    if "," in text and all(_SEED.fullmatch(part) for part in text.split(",")):
-        return f"give --seed once for each: {' '.join(f'--seed {part.strip()}' for part in text.split(',')[:3])}"
+        return f"give a number; without --seed {without}"
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 1 and all(map(_SEED.fullmatch, parts)):
+        more = " ..." if len(parts) > 3 else ""
+        return f"give --seed once for each: {' '.join(f'--seed {part}' for part in parts[:3])}{more}"
     return "write it as 7 or 7..15"
 
 

@@ -74,13 +74,13 @@ def found_in(picture: PictureText, path: Path) -> FoundRecipe:
 
 
 def _with_start_told(found: FoundRecipe) -> FoundRecipe:
-    """With the size of the file where there is no other, and a warning where more than noise was drawn from."""
+    """With the size of the file where there is no other, and a warning where not all was drawn from noise."""
     found = with_picture_size(found)
-    if found.recipe is not None or found.denoise in (None, 1.0):
+    if found.recipe is not None or found.denoise is None or not 0 < found.denoise < 0.9995:
         return found
     from_another = (
-        f"it was drawn from another picture with denoise {found.denoise:g}, which the file does not hold; "
-        "its seed alone gives another picture"
+        f"it was drawn with denoise {found.denoise:.3g} from another picture or an earlier pass, "
+        "which the file does not hold; its seed alone gives another picture"
     )
     return replace(found, warnings=(*found.warnings, from_another))
 

@@ -30,6 +30,8 @@ Node = Mapping[str, Any]
 Graph = Mapping[str, Node]
 MAX_DEPTH = 20
 MAX_NODES = 5000
+MAX_NAMED = 4
+_CONDITIONINGS = ("conditioning", "conditioning_1", "conditioning_to", "positive", "")
 _SAVERS = ("SaveImage", "PreviewImage", "SaveLatent", "SaveAnimatedWEBP", "SaveImageWebsocket")
 _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced", "SamplerCustom")
 _TEXT_KEYS = ("t5xxl", "text", "text_g", "value", "string", "populated_text", "prompt", "wildcard_text", "clip_l")
@@ -60,11 +62,11 @@ _WIDGETS: dict[str, tuple[str, ...]] = {
     "LatentFromBatch": ("batch_index", "length"),
     "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
     "LoraLoaderModelOnly": ("lora_name", "strength_model"),
-    "ControlNetLoader": ("control_net_name",),
+    "ControlNetApplyAdvanced": ("strength", "start_percent", "end_percent"),
 }
 _PATCHES = ("ipadapter", "pulid", "freeu", "teacache")
 """In the kind, in lower case, of nodes between a model and its sampler that change what it draws, besides LoRAs."""
-_STEERING = ("controlnet", "stylemodel", "referencelatent", "inpaintmodel")
+_STEERING = ("controlnet", "stylemodel", "referencelatent", "inpaintmodel", "instructpixtopix")
 """The same, between the text and the sampler."""
 
 
@@ -112,7 +114,7 @@ def _has(node: Node, name: str) -> bool:
 
 
 def _kind(node: Node) -> str:
-    return str(node.get("class_type", ""))
+    return as_text(node.get("class_type")) or ""
 
 
 def read_comfy(prompt: str, workflow: str) -> FoundRecipe:
@@ -193,7 +195,7 @@ def _back_to(walk: _Walk, node: Node, kind: str) -> Node:
 def _text(walk: _Walk, node: Node) -> tuple[str | None, float | None]:
     """Prompt and distilled guidance of a conditioning."""
     guidance = None
-    for step in walk.back(node, ("conditioning", "conditioning_1", "conditioning_to", "positive", "")):
+    for step in walk.back(node, _CONDITIONINGS):
         if guidance is None and _has(step, "guidance"):
             guidance = as_number(walk.value(step, "guidance"))
         for name in _TEXT_KEYS:
@@ -264,28 +266,32 @@ def _unlike_ours(walk: _Walk, positive: Node, *models: Node) -> Iterator[str]:
                 loras.update(dict.fromkeys(_loras_of(walk, node)))
             elif any(part in _kind(node).lower() for part in _PATCHES):
                 others[_kind(node)[:80]] = None
-    for node in walk.back(positive, ("conditioning", "positive", "conditioning_1", "")):
-        if any(part in _kind(node).lower() for part in _STEERING):
+    for node in walk.back(positive, _CONDITIONINGS):
+        steers = any(part in _kind(node).lower() for part in _STEERING)
+        if steers and as_number(walk.value(node, "strength")) != 0:
             others[_kind(node)[:80]] = None
     for what, names in (("loads LoRA", loras), ("uses", others)):
         if names:
-            yield f"the graph {what} {', '.join(list(names)[:4])}, which fluxsplit does not"
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            yield f"the graph {what} {', '.join(list(names)[:MAX_NAMED])}{more}, which fluxsplit does not"
 
 
 def _loras_of(walk: _Walk, node: Node) -> Iterator[str]:
-    """Files that a LoRA node loads: by name, or in tables as rgthree's Power Lora Loader has them; else its kind."""
-    if walk.value(node, "strength_model") == 0:
+    """Files that a LoRA node loads, by name or in tables as rgthree's Power Lora Loader has them; else its stack's."""
+    inputs = table_of(node.get("inputs"))
+    if as_text(inputs.get("switch")) == "Off" or as_number(walk.value(node, "strength_model")) == 0:
         return
-    found = False
-    for name, value in table_of(node.get("inputs")).items():
+    for name, value in inputs.items():
+        if "lora" not in name.lower():
+            continue
         table = table_of(value)
-        text = as_text(table.get("lora")) if table else as_text(value) if "lora" in name.lower() else None
-        if text and text != "None":
-            found = True
-            if not table or (table.get("on") is not False and table.get("strength") != 0):
-                yield text.replace("\\", "/").split("/")[-1][:80]
-    if not found:
-        yield _kind(node)[:80]
+        text = as_text(table.get("lora") if table else walk.value(node, name))
+        number = name.lower().rpartition("_")[2]
+        strength = table.get("strength") if table else walk.value(node, f"strength_{number}")
+        if text and text != "None" and table.get("on") is not False and as_number(strength) != 0:
+            yield text.replace("\\", "/").split("/")[-1][:80]
+        elif text is None and isinstance(value, list):  # a stack, by another node
+            yield _kind(node)[:80]
 
 
 # -- the page's graph ---------------------------------------------------------------------------------------------
@@ -321,6 +327,7 @@ def _api_node(node: Mapping[str, Any], sources: Mapping[int, list[Any]]) -> Node
     inputs: dict[str, Any] = dict(values) if isinstance(values, dict) else {}
     if isinstance(values, list):
         inputs |= {name: value for name, value in zip(_names(kind, values), values, strict=False) if name}
+        inputs |= {f"lora {number}": value for number, value in enumerate(values) if "lora" in table_of(value)}
     slots = node.get("inputs")
     for slot in slots if isinstance(slots, list) else []:
         number = table_of(slot).get("link")

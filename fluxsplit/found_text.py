@@ -88,7 +88,7 @@ def as_command(found: FoundRecipe) -> str:
     size = f"{found.width}x{found.height}" if found.width and found.height else None
     given = found.scheduler == "custom" and found.sigmas
     options: dict[str, object] = {
-        "--model": DEMO if found.recipe is not None and found.model == DEMO_FILE else found.model,
+        "--model": _model_named(found),
         "--seed": found.seed,
         "--noise-index": found.noise_index or None,
         "--size": size,
@@ -109,6 +109,13 @@ def as_command(found: FoundRecipe) -> str:
     if started := started_from(found.recipe):
         told.append(f"# {started}: only `fluxsplit rerender --from` it makes the same picture")
     return "\n".join([*told, shlex.join(words)])
+
+
+def _model_named(found: FoundRecipe) -> str | None:
+    """What `--model` may be given: a name and never a path, as it is a stranger's."""
+    name = (found.model or "").replace("\\", "/").split("/")[-1]
+    name = "".join(c for c in name if c.isprintable())
+    return DEMO if name in (DEMO_FILE, DEMO_FILE.removesuffix(".safetensors")) else name or None
 
 
 def started_from(recipe: Recipe | None) -> str:

@@ -70,8 +70,9 @@ def read_picture(path: str | Path) -> Picture:
     except FluxsplitError:
         raise
     except Exception as error:  # Pillow's readers fail in many ways on files that lie
-        detail = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise FluxsplitError(f"{path.name} cannot be read as a picture, it is damaged: {detail}") from error
+        text = str(error).splitlines()[0][:120] if str(error) else ""
+        detail = text if text and isinstance(error, OSError | ValueError) else f"{type(error).__name__} {text}".rstrip()
+        raise FluxsplitError(f"{path.name} cannot be read as a picture: {detail}") from error
 
 
 def _opened(path: Path, texts: dict[str, str]) -> Picture:

@@ -252,7 +252,7 @@ def _shared(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
         while start < run.span.stop:
             first = together[0].span if together else None
             near = first is not None and first.path == path and start - together[-1].span.stop <= MAX_GAP_BYTES
-            if first is None or not near or start - first.start >= most:
+            if first is None or not near or not 0 <= start - first.start < most:
                 if together:
                     yield together
                 together, first = [], run.within(start, run.span.stop).span

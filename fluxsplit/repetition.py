@@ -250,7 +250,7 @@ def _seeds(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> list[int
         told.assumed.append(f"seed {seeds[0]} (--seed)")
     if not seeds:
         raise UsageError("it does not say its seed", "give --seed")
-    return parse_seeds(seeds, given.get("count", 1))
+    return parse_seeds(seeds, given.get("count", 1), without="it is the picture's own, with --count those after it")
 
 
 def _texts(found: FoundRecipe, given: Mapping[str, Any], told: Told) -> tuple[str, str, float]:

@@ -109,8 +109,8 @@ def test_settings_that_the_demo_model_has_no_use_for_are_told(run: Run, home: Pa
 @pytest.mark.parametrize(
     ("seed", "hint"),
     [
-        ("-1", "leave --seed out, and one is drawn"),
-        ("random", "leave --seed out, and one is drawn"),
+        ("-1", "without --seed one is drawn and told"),
+        ("random", "without --seed one is drawn and told"),
         ("1, 2,3", "give --seed once for each: --seed 1 --seed 2 --seed 3"),
         ("seven", "write it as 7 or 7..15"),
     ],

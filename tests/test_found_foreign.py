@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -284,7 +286,7 @@ def test_a_picture_drawn_from_another_one_says_so(tmp_path: Path) -> None:
     png(tmp_path / "x.png", {"prompt": json.dumps(KSAMPLER)})
     png(tmp_path / "y.png", {"prompt": json.dumps(API)})
     found = read_found(tmp_path / "x.png")
-    assert [warning for warning in found.warnings if "drawn from another picture with denoise 0.75" in warning]
+    assert [warning for warning in found.warnings if "drawn with denoise 0.75 from another picture" in warning]
     *comments, command = as_form(found, "cli", "x.png").splitlines()
     assert comments == [f"# {warning}" for warning in found.warnings]
     assert "--model flux1-schnell-fp8.safetensors" in command
@@ -302,3 +304,47 @@ def test_no_name_in_a_graph_becomes_a_command(tmp_path: Path, end: str) -> None:
     *comments, command = as_form(found, "cli", "x.png").splitlines()
     assert len(comments) == 2 and all(comment.startswith("# ") for comment in comments)
     assert command.startswith("fluxsplit sample") and "pwned" not in command
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        {"Lora_Loader_Stack_(rgthree)": {"lora_01": "None", "strength_01": 1.0, "lora_02": "", "strength_02": 1}},
+        {"Lora_Loader_Stack_(rgthree)": {"lora_01": "a.safetensors", "strength_01": 0}},
+        {"Power_Lora_Loader_(rgthree)": {"PowerLoraLoaderHeaderWidget": {"type": "x"}, "Add Lora": ""}},
+        {"LoraLoader": {"lora_name": "None", "strength_model": 1}},
+        {"LoraLoader": {"lora_name": "a.safetensors", "strength_model": "0"}},
+        {"CR_Load_LoRA": {"switch": "Off", "lora_name": "a.safetensors", "strength_model": 1}},
+        {"ControlNetApplyAdvanced": {"strength": 0}},
+    ],
+)
+def test_what_does_nothing_is_not_told(nodes: dict[str, dict[str, object]]) -> None:
+    assert read_comfy(patched(**nodes), "").warnings == ()
+
+
+def test_many_loras_are_counted_and_those_of_a_pages_table_read() -> None:
+    stack = {f"lora_{n}": {"on": True, "lora": f"{n}.safetensors", "strength": 1} for n in range(6)}
+    (warning,) = read_comfy(patched(**{"Power_Lora_Loader": stack}), "").warnings
+    assert warning.endswith("3.safetensors and 2 more, which fluxsplit does not")
+    graph = json.loads(json.dumps(GUI))
+    node = {"id": 70, "type": "Power Lora Loader (rgthree)", "inputs": [{"name": "model", "link": 1}]}
+    for on in (True, False):
+        table = {"on": on, "lora": "fox.safetensors", "strength": 1, "strengthTwo": None}
+        graph["nodes"][2]["inputs"][0]["link"] = 70
+        page = graph | {
+            "nodes": [*graph["nodes"], node | {"widgets_values": [{}, {"type": "header"}, table, {}, ""]}],
+            "links": [*graph["links"], [70, 70, 0, 3, 0, "MODEL"]],
+        }
+        assert ("fox.safetensors" in str(read_comfy("", json.dumps(page)).warnings)) == on
+
+
+def test_names_of_strangers_are_text_and_no_paths(tmp_path: Path) -> None:
+    graph = json.loads(patched(**{"Lora\ud800x": {"lora_stack": ["9", 0]}}))
+    for number, name in enumerate(("..\\..\\home/u/evil\x1b[31m.ckpt", "/", "\n", "flux-demo")):
+        graph["4"]["inputs"]["ckpt_name"] = name
+        png(tmp_path / f"{number}.png", {"prompt": json.dumps(graph)})
+        found = read_found(tmp_path / f"{number}.png")
+        as_form(found, "json", "x").encode()
+        words = shlex.split(as_form(found, "cli", "x").splitlines()[-1])
+        wanted = (["evil[31m.ckpt"], [], [], ["demo"])[number]
+        assert [word for before, word in pairwise(words) if before == "--model"] == wanted

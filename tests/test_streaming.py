@@ -24,6 +24,7 @@ from fluxsplit import streaming as streaming_room
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.read_ahead import ReadAhead, spans
+from fluxsplit.reader import Run
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming, attach, layout
 from fluxsplit.transformer import Flux, Forward
@@ -508,6 +509,20 @@ def test_each_matrix_begins_where_its_dtype_can(tmp_path: Path, dtype: torch.dty
         attach(found, memory)
         got = [linear.stored.view(torch.uint8) for linear in block]  # type: ignore[operator, union-attr]
         assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("most", [100, 120, 1000])
+def test_pieces_bring_every_byte_even_of_spans_that_overlap(most: int) -> None:
+    runs = [Run(Span("b", 0, 300), 0), Run(Span("b", 100, 400), 512), Run(Span("b", 450, 451), 1024)]
+    brought = [bytearray(300), bytearray(300), bytearray(1)]
+    for part in reader._shared(runs, most):
+        first, stop = part[0].span.start, max(run.span.stop for run in part)
+        assert all(run.span.start >= first for run in part) and stop - first <= most
+        for run in part:
+            number = run.at // 512
+            at = run.at - 512 * number
+            brought[number][at : at + run.span.bytes] = bytes([1]) * run.span.bytes
+    assert all(all(one) for one in brought)
 
 
 def streaming(flux: Flux, files: WeightFiles, **options: Any) -> Streaming:
