@@ -187,6 +187,7 @@ COMMANDS: tuple[Command, ...] = (
             "device": Device,
             "out": PreviewsOut,
             "format": LatentFormat,
+            "skip_existing": SkipExisting,
             "dry_run": DryRun,
             **RESULTS,
         },

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fluxsplit.already_made import made_in, renderer_of
 from fluxsplit.arguments import out_folder
 from fluxsplit.cli_decode import plan_decode, require_vae, run_decode
-from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample
+from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample, without_made
 from fluxsplit.executor import StageProcess
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import LATENT_FORMATS
@@ -31,9 +32,14 @@ def preview(given: dict[str, Any], defaults: dict[str, Any], progress: Progress)
     """Plan and render, or show the plan; returns the exit code."""
     plan = plan_preview(given, defaults)
     require_vae(given, defaults | given, plan.files.is_demo)
+    made = list[str]()
+    if (defaults | given).get("skip_existing"):
+        plan, made = _without_existing(plan, progress)
+    if not plan.images and (not made or given.get("dry_run")):
+        return 0
     if given.get("dry_run"):
         return only_planned(plan, given, progress)
-    return run_preview(plan, given, defaults, progress)
+    return run_preview(plan, given, defaults, progress, made)
 
 
 def plan_preview(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
@@ -43,18 +49,43 @@ def plan_preview(given: dict[str, Any], defaults: dict[str, Any]) -> Plan:
     if given.get("seed") and "count" not in defaults:
         values["count"] = 1  # seeds that are listed are the pictures that are wanted
     out = Path(out_folder(values | given, FOLDER))
-    plan = plan_sample({**given, "out": str(out / LATENTS)}, values)
-    first = next_number(out)
+    return _numbered(plan_sample({**given, "out": str(out / LATENTS)}, values))
+
+
+def _numbered(plan: Plan) -> Plan:
+    """The plan with a free number for each image."""
+    first = next_number(Path(plan.out).parent)
     images = (replace(image, stem=f"{first + number:04d}") for number, image in enumerate(plan.images))
     return replace(plan, images=tuple(images))
 
 
-def run_preview(plan: Plan, given: dict[str, Any], defaults: dict[str, Any], progress: Progress) -> int:
-    """Sample, decode, write the sheets; returns the exit code."""
-    latents, pictures = list[str](), Path(plan.out).parent
+def _without_existing(plan: Plan, progress: Progress) -> tuple[Plan, list[str]]:
+    """The plan without what its folder holds already, and the latents among that which have no picture yet.
+
+    Those that have one are told as results.
+    """
+    found = made_in(Path(plan.out), plan.images, renderer_of(plan.files, None, plan.dtype, plan.device))
+    undecoded = list[str]()
+    for path, recipe in found.values():
+        picture = Path(plan.out).parent / f"{path.stem}.png"
+        if picture.exists():
+            progress.show({"event": "result", "path": str(picture), "recipe": recipe.to_object()})
+        else:
+            undecoded.append(str(path))
+    if found:
+        progress.note(f"{len(found)} of {len(plan.images)} are in {plan.out} already")
+    return _numbered(without_made(plan, found)), undecoded
+
+
+def run_preview(
+    plan: Plan, given: dict[str, Any], defaults: dict[str, Any], progress: Progress, made: Sequence[str] = ()
+) -> int:
+    """Sample, decode that and the latents that are `made`, write the sheets; returns the exit code."""
+    latents, pictures = list(made), Path(plan.out).parent
     with StageProcess("decode") as ahead:  # its imports overlap the sampling; it touches no device before its job
-        with undecoded_told(latents, given, pictures, progress):
-            run_sample(plan, progress, lambda event: latents.append(event["path"]))
+        with undecoded_told(latents, given, pictures, progress), _how_to_go_on(plan, given, latents, progress):
+            if plan.images:
+                run_sample(plan, progress, lambda event: latents.append(event["path"]))
         if not latents:
             return 1
         words: dict[str, Any] = {
@@ -64,6 +95,21 @@ def run_preview(plan: Plan, given: dict[str, Any], defaults: dict[str, Any], pro
         with undecoded_told(latents, given, pictures, progress), _sheets_of(pictures, progress):
             run_decode(decoding, progress, ahead)
     return 1 if progress.failures else 0
+
+
+@contextmanager
+def _how_to_go_on(plan: Plan, given: dict[str, Any], latents: list[str], progress: Progress) -> Iterator[None]:
+    """Where it is ended early, say how the rest is made without what is finished."""
+    try:
+        yield
+    except BaseException:
+        if latents:
+            seeds = {image.seed for image in plan.images}
+            drawn = (
+                "" if given.get("seed") else f"--seed {min(seeds)} -n {len(seeds)} and "
+            )  # a seed alone is one picture
+            progress.note(f"the same command with {drawn}--skip-existing goes on")
+        raise
 
 
 @contextmanager

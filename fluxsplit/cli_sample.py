@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +93,12 @@ def _without_existing(plan: Plan, progress: Progress) -> Plan:
         progress.show({"event": "result", "path": str(path), "recipe": recipe.to_object()})
     if found:
         progress.note(f"{len(found)} of {len(plan.images)} are in {plan.out} already")
-    images = tuple(image for number, image in enumerate(plan.images) if number not in found)
+    return without_made(plan, found)
+
+
+def without_made(plan: Plan, made: Collection[int]) -> Plan:
+    """The plan without the images of these numbers, and without prompts that only they have."""
+    images = tuple(image for number, image in enumerate(plan.images) if number not in made)
     texts = {text for image in images for text in (image.prompt, image.negative)}
     kept = [(text, file) for text, file in zip(plan.prompts, plan.conditionings, strict=True) if text in texts]
     prompts, conditionings = zip(*kept, strict=True) if kept else ((), ())

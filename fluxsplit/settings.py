@@ -120,7 +120,7 @@ _SAMPLE: dict[str, Reader] = {
     "peek_steps": _switch,
     "cache": _switch,
 }
-_NOT_OF_PREVIEWS = ("noise_index", "skip_existing", "peek", "peek_steps")
+_NOT_OF_PREVIEWS = ("noise_index", "peek", "peek_steps")
 _PREVIEW = {key: reader for key, reader in _SAMPLE.items() if key not in _NOT_OF_PREVIEWS} | {
     "vae_dtype": _text,
     "vram": _text,

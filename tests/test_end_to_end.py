@@ -437,3 +437,22 @@ def test_a_stage_that_the_system_kills_is_followed_by_one_that_does_the_rest(com
     made = [Path(line).name for line in (first + rest).splitlines()]
     names = [f"{number}.png" if command == "decode" else f"{number}-2x.png" for number in range(6)]
     assert list(dict.fromkeys(made)) == names and sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+
+
+def test_a_preview_that_was_ended_early_goes_on(tmp_path: Path) -> None:
+    """Latents without a picture are decoded, those with one told, the rest is numbered on."""
+    words = ("preview", "-p", "a blue circle", "--seed", "7..9", "--size", "64x64", "--steps", "1", "--skip-existing")
+    first = fluxsplit(*words, cwd=tmp_path)
+    pictures = tmp_path / "previews"
+    assert first.returncode == 0 and len(first.stdout.split()) == 3
+    for lost in ("latents/0002.pt", "0002.png", "0003.png"):
+        (pictures / lost).unlink()
+    again = fluxsplit(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [Path(line).name for line in again.stdout.split()] == ["0001.png", "0003.png", "0004.png"]
+    assert "2 of 3 are in" in again.stderr and "image: 1 step" in again.stderr
+    assert [read_recipe(pictures / f"000{n}.png").seed for n in (1, 3, 4)] == [7, 9, 8]
+    done = fluxsplit(*words, cwd=tmp_path)
+    assert done.returncode == 0 and len(done.stdout.split()) == 3 and "step" not in done.stderr
+    dry = fluxsplit(*words, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0 and not list(pictures.glob("0005*"))
