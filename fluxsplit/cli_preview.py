@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluxsplit.already_made import made_in, renderer_of
 from fluxsplit.arguments import out_folder
 from fluxsplit.cli_decode import plan_decode, require_vae, run_decode
-from fluxsplit.cli_sample import DEMO_SIZE, is_demo, only_planned, plan_sample, without_made
+from fluxsplit.cli_sample import DEMO_SIZE, is_demo, made_already, only_planned, plan_sample, without_made
 from fluxsplit.executor import StageProcess
 from fluxsplit.progress import Progress
 from fluxsplit.recipe import LATENT_FORMATS
@@ -64,16 +63,13 @@ def _without_existing(plan: Plan, progress: Progress) -> tuple[Plan, list[str]]:
 
     Those that have one are told as results.
     """
-    found = made_in(Path(plan.out), plan.images, renderer_of(plan.files, None, plan.dtype, plan.device))
-    undecoded = list[str]()
+    found, undecoded = made_already(plan, progress), list[str]()
     for path, recipe in found.values():
         picture = Path(plan.out).parent / f"{path.stem}.png"
         if picture.exists():
             progress.show({"event": "result", "path": str(picture), "recipe": recipe.to_object()})
         else:
             undecoded.append(str(path))
-    if found:
-        progress.note(f"{len(found)} of {len(plan.images)} are in {plan.out} already")
     return _numbered(without_made(plan, found)), undecoded
 
 
@@ -105,9 +101,8 @@ def _how_to_go_on(plan: Plan, given: dict[str, Any], latents: list[str], progres
     except BaseException:
         if latents:
             seeds = {image.seed for image in plan.images}
-            drawn = (
-                "" if given.get("seed") else f"--seed {min(seeds)} -n {len(seeds)} and "
-            )  # a seed alone is one picture
+            # where seeds are given, only those are rendered
+            drawn = "" if given.get("seed") else f"--seed {min(seeds)} -n {len(seeds)} and "
             progress.note(f"the same command with {drawn}--skip-existing goes on")
         raise
 

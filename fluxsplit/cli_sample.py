@@ -34,7 +34,7 @@ from fluxsplit.jobs import ImageJob, ModelFiles, absolute
 from fluxsplit.memory import check_budget
 from fluxsplit.models import DEMO, Wanted, resolve
 from fluxsplit.progress import Progress
-from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS
+from fluxsplit.recipe import DTYPES, LATENT_FORMATS, MAX_STEPS, SAMPLERS, SCHEDULERS, Recipe
 from fluxsplit.sample_plan import Plan
 from fluxsplit.sample_run import decoding, run_sample, run_sample_and_taef1
 from fluxsplit.taef1 import find_taef1
@@ -87,13 +87,18 @@ def _how_to_go_on(plan: Plan, given: dict[str, Any], progress: Progress) -> Iter
 
 def _without_existing(plan: Plan, progress: Progress) -> Plan:
     """The plan without what its folder holds already; that is told as results."""
-    renderer = renderer_of(plan.files, None, plan.dtype, plan.device)
-    found = made_in(Path(plan.out), plan.images, renderer)
+    found = made_already(plan, progress)
     for path, recipe in found.values():
         progress.show({"event": "result", "path": str(path), "recipe": recipe.to_object()})
+    return without_made(plan, found)
+
+
+def made_already(plan: Plan, progress: Progress) -> dict[int, tuple[Path, Recipe]]:
+    """Latents in the plan's folder that are what its images ask for, by their numbers; how many there are is told."""
+    found = made_in(Path(plan.out), plan.images, renderer_of(plan.files, None, plan.dtype, plan.device))
     if found:
         progress.note(f"{len(found)} of {len(plan.images)} are in {plan.out} already")
-    return without_made(plan, found)
+    return found
 
 
 def without_made(plan: Plan, made: Collection[int]) -> Plan:

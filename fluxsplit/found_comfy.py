@@ -20,6 +20,7 @@ from fluxsplit.found_values import (
     as_side,
     as_steps,
     as_text,
+    file_name,
     notes_of,
     sampler_of,
     scheduler_of,
@@ -90,9 +91,7 @@ class _Walk:
             if not isinstance(value, list):
                 return value
             node = self.linked(node, name)
-            keys = [
-                key for key in ("value", "seed", "noise_seed", "int", "float", "string", *_TEXT_KEYS) if _has(node, key)
-            ]
+            keys = [key for key in _VALUE_KEYS if _has(node, key)]
             if not keys:
                 return None
             name = name if _has(node, name) else keys[0]
@@ -214,7 +213,7 @@ def _model(walk: _Walk, *starts: Node) -> str | None:
         for node in walk.back(start, ("model", "")):
             for name in ("unet_name", "ckpt_name"):
                 if (text := as_text(walk.value(node, name))) is not None:
-                    return text.replace("\\", "/").split("/")[-1]
+                    return file_name(text)
     return None
 
 
@@ -289,7 +288,7 @@ def _loras_of(walk: _Walk, node: Node) -> Iterator[str]:
         number = name.lower().rpartition("_")[2]
         strength = table.get("strength") if table else walk.value(node, f"strength_{number}")
         if text and text != "None" and table.get("on") is not False and as_number(strength) != 0:
-            yield text.replace("\\", "/").split("/")[-1][:80]
+            yield file_name(text)[:80]
         elif text is None and isinstance(value, list):  # a stack, by another node
             yield _kind(node)[:80]
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.found_recipe import FoundRecipe
+from fluxsplit.found_values import file_name
 from fluxsplit.metadata import SAMPLER_NAMES, SCHEDULE_NAMES, parameters_text, quoted
 from fluxsplit.models import DEMO, DEMO_FILE
 from fluxsplit.recipe import Recipe
@@ -113,8 +114,7 @@ def as_command(found: FoundRecipe) -> str:
 
 def _model_named(found: FoundRecipe) -> str | None:
     """What `--model` may be given: a name and never a path, as it is a stranger's."""
-    name = (found.model or "").replace("\\", "/").split("/")[-1]
-    name = "".join(c for c in name if c.isprintable())
+    name = "".join(c for c in file_name(found.model or "") if c.isprintable())
     return DEMO if name in (DEMO_FILE, DEMO_FILE.removesuffix(".safetensors")) else name or None
 
 

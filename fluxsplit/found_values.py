@@ -79,6 +79,11 @@ def as_text(value: Any) -> str | None:
     return value.encode("utf-8", "replace").decode("utf-8") if not value.isascii() else value
 
 
+def file_name(path: str) -> str:
+    """The last part of a path of whichever system."""
+    return path.replace("\\", "/").split("/")[-1]
+
+
 def as_number(value: Any) -> float | None:
     """`value` as a finite number, from a number or its text."""
     if isinstance(value, bool):

@@ -18,6 +18,7 @@ from fluxsplit.errors import FluxsplitError, ModelFileMissing, UsageError
 from fluxsplit.fingerprint import file_sha256, stamp_of
 from fluxsplit.found import read_found
 from fluxsplit.found_recipe import FoundRecipe
+from fluxsplit.found_values import file_name
 from fluxsplit.jobs import ImageJob, ModelFiles, absolute
 from fluxsplit.latents import read_latents
 from fluxsplit.metadata import ImageRecord
@@ -146,7 +147,7 @@ def _wanted(found: FoundRecipe, values: Mapping[str, Any], told: Told) -> Wanted
         return replace(wanted, model=DEMO)
     if not found.model:
         raise UsageError("it does not say its model", "give --model, which may be demo")
-    name = Path(found.model).name
+    name = file_name(found.model)
     try:
         resolve(replace(wanted, model=name), ("transformer",))
     except ModelFileMissing:
