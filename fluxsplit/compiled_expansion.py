@@ -19,10 +19,11 @@ import functools
 import math
 import struct
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
+
+from fluxsplit.machine_code import compiled, run_side_by_side
 
 SHARE_ELEMENTS = 1 << 18
 """A thread is not woken for less: it would take as long to wake."""
@@ -30,8 +31,7 @@ MAX_SHARES = 4
 """Threads that share a piece: at its end they wait for one another, which many do for longer."""
 _Loop = Callable[[int, int, int, float], None]
 """Takes the addresses of codes and output, how many there are, and the scale."""
-_engines: list[object] = []
-"""They own the compiled code."""
+_ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class _Format:
     bias: int
 
 
-_FORMATS = {torch.float8_e4m3fn: _Format(3, 7), torch.float8_e5m2: _Format(2, 15)}
+FORMATS = {torch.float8_e4m3fn: _Format(3, 7), torch.float8_e5m2: _Format(2, 15)}
 _FP32_MANTISSA_BITS, _FP32_BIAS = 23, 127
 # what is made of %bits, those of the scaled value in fp32
 _STORE_FP32 = """
@@ -109,14 +109,7 @@ def expand_into(codes: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     def run(codes: torch.Tensor, out: torch.Tensor) -> None:
         loop(codes.data_ptr(), out.data_ptr(), codes.numel(), scale)
 
-    first, *others = zip(codes.split(share), out.split(share), strict=True)
-    running = [_pool().submit(run, *other) for other in others]
-    try:
-        run(*first)
-    finally:  # also when Ctrl-C comes in between: nobody may use `out` again while it is being written
-        wait(running)
-    for one in running:
-        one.result()
+    run_side_by_side(run, zip(codes.split(share), out.split(share), strict=True))
 
 
 def adds_no_digits(factor: float) -> bool:
@@ -126,33 +119,31 @@ def adds_no_digits(factor: float) -> bool:
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads for all shares but the first. ctypes lets go of the interpreter's lock while a loop runs."""
-    return ThreadPoolExecutor(MAX_SHARES - 1, thread_name_prefix="expansion")
-
-
-@functools.cache
 def _loop(float8: torch.dtype, dtype: torch.dtype, exact: bool) -> _Loop | None:
     """The loop for a pair of dtypes; `exact` where nothing need be rounded. None where it cannot be had."""
-    if float8 not in _FORMATS or dtype not in (torch.bfloat16, torch.float32):
+    if float8 not in FORMATS or dtype not in (torch.bfloat16, torch.float32):
         return None
     try:
-        return _compiled(_source(_FORMATS[float8], dtype, exact))
+        return compiled(source(float8, dtype, exact=exact), expand=_ARGUMENTS)["expand"]
     except (ImportError, RuntimeError, OSError, AttributeError):  # an llvmlite of another time among them
         return None
 
 
-def _source(float8: _Format, dtype: torch.dtype, exact: bool) -> str:
-    """The loop in LLVM's language (llvm.org/docs/LangRef.html)."""
+def source(float8: torch.dtype, dtype: torch.dtype, *, exact: bool) -> str:
+    """The loop in LLVM's language, `expand(codes, out, count, scale)`; `exact` where nothing need be rounded.
+
+    Raises KeyError for another format.
+    """
+    fields = FORMATS[float8]
     if dtype == torch.float32:
         store = _STORE_FP32
     else:
         store = _STORE_BF16.format(bits="%bits") if exact else _ROUND + _STORE_BF16.format(bits="%nearest")
     return _LOOP.format(
-        shift=_FP32_MANTISSA_BITS - float8.mantissa_bits,
-        rebias=(_FP32_BIAS - float8.bias) << _FP32_MANTISSA_BITS,
-        step=_constant(2.0 ** (1 - float8.bias - float8.mantissa_bits)),
-        largest_small=(1 << float8.mantissa_bits) - 1,
+        shift=_FP32_MANTISSA_BITS - fields.mantissa_bits,
+        rebias=(_FP32_BIAS - fields.bias) << _FP32_MANTISSA_BITS,
+        step=_constant(2.0 ** (1 - fields.bias - fields.mantissa_bits)),
+        largest_small=(1 << fields.mantissa_bits) - 1,
         store=store,
     )
 
@@ -160,29 +151,3 @@ def _source(float8: _Format, dtype: torch.dtype, exact: bool) -> str:
 def _constant(value: float) -> str:
     """A number as LLVM wants it of a float: the bits that it has as a double."""
     return f"0x{struct.pack('>d', value).hex().upper()}"
-
-
-def _compiled(source: str) -> _Loop:
-    """Machine code for this processor, for as long as the process lives.
-
-    Raises ImportError without llvmlite, OSError where memory that is written to may not be executed.
-    """
-    import llvmlite.binding as llvm  # noqa: PLC0415  (optional, and of no use on a card)
-
-    llvm.check_jit_execution()  # LLVM itself says nothing, and the first call ends the process
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(source)
-    module.verify()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-    tuning.loop_vectorization = tuning.loop_unrolling = True
-    passes = llvm.create_pass_builder(machine, tuning)
-    passes.getModulePassManager().run(module, passes)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    _engines.append(engine)
-    address = engine.get_function_address("expand")
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)(address)

@@ -29,7 +29,7 @@ SCORE_BYTES = 256_000_000
 """Largest piece of a score matrix where attention is computed in chunks of queries."""
 _ACTIVATION = {4: 53.0, 2: 32.0}
 """Bytes for each token and hidden channel that a forward holds at its widest on a CPU, by the compute dtype's size."""
-_TILES_ACTIVATION, TILES_BASE_BYTES = 12.0, 25_000_000
+_TILES_ACTIVATION, TILES_BASE_BYTES = 16.0, 25_000_000
 """More of both where a CPU multiplies 16 bits by tiles; measured with 320 to 4,352 tokens, a tenth more or less."""
 _CARD_ACTIVATION, _CARD_FORWARD_BYTES = {4: 44.2, 2: 22.1}, {4: 60_000_000, 2: 30_000_000}
 """The same on a card, and what it reserves besides, however few tokens: what its allocator reserved on an H200 in bf16,

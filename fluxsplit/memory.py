@@ -50,7 +50,7 @@ class DeviceInfo:
     attention_flops_per_s: float | None = None
     """Of attention's two products, where they run at another rate."""
     expand_elements_per_s: float | None = None
-    """float8 codes expanded to the compute dtype."""
+    """float8 codes expanded to the compute dtype; None where products expand as they go."""
     elementwise_per_s: float | None = None
     """Values through a fixed mixture of casts, multiplications and GELU; stands for all that is no product."""
     bus_bytes_per_s: float | None = None

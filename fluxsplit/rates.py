@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fluxsplit import fp8
+from fluxsplit import fp8, tile_product
 from fluxsplit.attention import attend, attend_in_chunks
 from fluxsplit.background_reads import Read, reads_by
 from fluxsplit.held_memory import CPU_PIECE_BYTES
@@ -70,19 +70,21 @@ def _with_rates(
     # not all devices cast to float8; the matrix is expanded from these in turn, so that it is of random values as well
     codes = torch.randint(0, FINITE_CODES, matrix.shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     copy = {} if device.type == "cpu" else {"bus": _bus_copy(device)}
+    by_tiles = tile_product.multiplies(codes, x)  # which expands as it goes
+    expansion = {} if by_tiles else {"expansion": lambda: fp8.expand_into(codes, matrix)}
     run_s = _seconds(
         device,
-        products=lambda: F.linear(x, matrix, bias),
+        products=lambda: _multiply_by_tiles(x, codes, bias) if by_tiles else F.linear(x, matrix, bias),
         attention=lambda: _attend(heads, info.fused_attention),
         mixed=lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x,
-        expansion=lambda: fp8.expand_into(codes, matrix),
+        **expansion,
         **copy,
     )
     return replace(
         info,
         flops_per_s=2 * rows * hidden * outputs / run_s["products"],
         attention_flops_per_s=4 * rows**2 * hidden / run_s["attention"],
-        expand_elements_per_s=outputs * hidden / run_s["expansion"],
+        expand_elements_per_s=outputs * hidden / run_s["expansion"] if expansion else None,
         elementwise_per_s=rows * hidden / run_s["mixed"],
         bus_bytes_per_s=BUS_BYTES / run_s["bus"] if copy else None,
     )
@@ -145,6 +147,11 @@ def _values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     """Random ones: a card that multiplies zeros draws less power, and is quicker."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(shape, generator=generator, device=device).mul_(0.05).to(dtype)
+
+
+def _multiply_by_tiles(x: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor) -> None:
+    out = x.new_empty(x.shape[0], codes.shape[0])
+    tile_product.multiply_into(x, codes, 1.0, bias, out, lambda count: torch.empty(count, dtype=torch.uint8))
 
 
 def _attend(heads: torch.Tensor, fused: bool) -> torch.Tensor:

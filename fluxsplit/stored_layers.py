@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fluxsplit import fp8
+from fluxsplit import fp8, tile_product
 from fluxsplit.checkpoint import Part, Source
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.weights import Span, WeightFiles
@@ -57,6 +57,10 @@ class Scratch:
             self._matrices[shape, dtype] = matrix = self._bytes[:count].view(dtype).view(shape)
         return matrix
 
+    def bytes(self, count: int) -> torch.Tensor:
+        """So many uninitialised bytes of a CPU's, instead of a matrix."""
+        return self.matrix(torch.Size((count,)), torch.uint8, torch.device("cpu"))
+
 
 class StoredLinear(nn.Module):
     """A Linear whose matrix stays as stored and is expanded to the input's dtype at each use."""
@@ -91,11 +95,12 @@ class StoredLinear(nn.Module):
         x = xs[0]
         if self._is_ready(x):
             return [F.linear(x, self.stored, self.bias) for x in xs]
-        if self._scratch.rows(self.stored.shape, x.dtype) == self.stored.shape[0]:
+        is_whole = self._scratch.rows(self.stored.shape, x.dtype) == self.stored.shape[0]
+        if is_whole and not self._by_tiles(x):
             matrix = self._expanded_rows(self.stored, x, self._factor)
             return [F.linear(x, matrix, self.bias) for x in xs]
         outs = [x.new_empty(*x.shape[:-1], self.stored.shape[0]) for x in xs]
-        self._by_pieces(xs, outs)
+        self._multiply_each(xs, outs)
         return outs
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -104,11 +109,24 @@ class StoredLinear(nn.Module):
         if self._is_ready(x):
             _multiply(x, self.stored, self.bias, 1.0, out)
         else:
-            self._by_pieces([x], [out])
+            self._multiply_each([x], [out])
+
+    def _by_tiles(self, x: torch.Tensor) -> bool:
+        """Whether the matrix can be expanded while it is multiplied with."""
+        return tile_product.multiplies(self.stored, _flat(x))
 
     def _is_ready(self, x: torch.Tensor) -> bool:
         """Whether the matrix can be multiplied with as it is stored."""
         return self.stored.dtype == x.dtype and self.stored.device == x.device and self.scale in (None, 1.0)
+
+    def _multiply_each(self, xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+        if not all(map(self._by_tiles, xs)):
+            self._by_pieces(xs, outs)
+            return
+        for x, out in zip(xs, outs, strict=True):
+            tile_product.multiply_into(
+                _flat(x), self.stored, self._factor, self.bias, _columns(out), self._scratch.bytes
+            )
 
     def _by_pieces(self, xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
         """Expand some rows of the matrix at a time, all if there is room, and multiply with them."""
@@ -193,11 +211,20 @@ def _multiply(
     x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, power: float, out: torch.Tensor
 ) -> None:
     """out = x matrixᵀ · power + bias; `out` [..., rows] may be some columns of a wider tensor."""
-    flat, columns = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
     if bias is None:
-        torch.mm(flat, matrix.t(), out=columns)
+        torch.mm(_flat(x), matrix.t(), out=_columns(out))
     else:
-        torch.addmm(bias, flat, matrix.t(), alpha=power, out=columns)
+        torch.addmm(bias, _flat(x), matrix.t(), alpha=power, out=_columns(out))
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """x [..., width] as [tokens, width]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _columns(out: torch.Tensor) -> torch.Tensor:
+    """The same of what is written to, never a copy."""
+    return out.view(-1, out.shape[-1])
 
 
 def _expand(stored: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:

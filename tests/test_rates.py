@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fluxsplit import tile_product
 from fluxsplit.device import device_info
 from fluxsplit.memory_plan import PIECE_BYTES
 from fluxsplit.rates import _seconds, feed_bytes_per_s, with_file_rates, with_rates
@@ -25,6 +26,22 @@ def test_every_rate_of_a_cpu_is_measured() -> None:
     )
     assert all(rate is not None and 0 < rate < 1e15 for rate in rates), rates
     assert info.bus_bytes_per_s is None
+
+
+@pytest.mark.parametrize("has_tiles", [True, False])
+def test_expansion_is_measured_where_products_do_not_expand_as_they_go(
+    has_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiplied: list[int] = []
+
+    def multiply_into(x: torch.Tensor, *others: object) -> None:
+        multiplied.append(x.shape[0])
+
+    monkeypatch.setattr(tile_product, "multiplies", lambda codes, x: has_tiles)
+    monkeypatch.setattr(tile_product, "multiply_into", multiply_into)
+    info = with_rates(device_info(CPU), CPU, torch.bfloat16, hidden=64, head=16, tokens=80)
+    assert info.flops_per_s and (info.expand_elements_per_s is None) is has_tiles
+    assert set(multiplied) == ({80} if has_tiles else set())
 
 
 def test_the_disk_is_measured_only_where_weights_do_not_stay_in_ram(tmp_path: Path) -> None:

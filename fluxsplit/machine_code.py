@@ -1,0 +1,68 @@
+"""Machine code for this very processor, made by LLVM where llvmlite (the extra `cpu`) brings it, and run by threads.
+
+No compiler is needed where it is installed, and nothing is written to the disk. ctypes lets go of the interpreter's
+lock while such code runs, so that several threads share a piece of work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+_engines: list[object] = []
+"""They own the compiled code."""
+
+
+def compiled(*sources: str, **signatures: tuple[type, ...]) -> dict[str, Callable[..., None]]:
+    """Functions of modules in LLVM's language (llvm.org/docs/LangRef.html), which may call one another, by their names.
+
+    `signatures` are the types of their arguments; nothing is returned. The code stays for as long as the process lives.
+    Raises ImportError without llvmlite, RuntimeError for what is not LLVM's language or not for this processor, OSError
+    where memory that is written to may not be executed.
+    """
+    import llvmlite.binding as llvm  # noqa: PLC0415  (optional, and of no use on a card)
+
+    llvm.check_jit_execution()  # LLVM itself says nothing, and the first call ends the process
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(sources[0])
+    for source in sources[1:]:
+        module.link_in(llvm.parse_assembly(source))
+    module.verify()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_vectorization = tuning.loop_unrolling = True
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _engines.append(engine)
+    return {
+        name: ctypes.CFUNCTYPE(None, *types)(engine.get_function_address(name)) for name, types in signatures.items()
+    }
+
+
+def run_side_by_side(run: Callable[..., object], shares: Iterable[tuple[Any, ...]]) -> None:
+    """Call `run` with each share, the first here and the others in threads, and return when all are done.
+
+    Also when Ctrl-C comes in between: nobody may use what they write to while they do.
+    """
+    first, *others = shares
+    running = [_pool().submit(run, *share) for share in others]
+    try:
+        run(*first)
+    finally:
+        wait(running)
+    for one in running:
+        one.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(4, os.cpu_count() or 1), thread_name_prefix="machine code")
