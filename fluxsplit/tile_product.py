@@ -21,6 +21,8 @@ from fluxsplit.machine_code import compiled, run_side_by_side
 
 MIN_TOKENS = 16
 """For fewer, there is more to expand than to multiply, and torch's products are as quick."""
+MIN_SIDE = 2048
+"""A model whose matrices are narrower is quick in any way, and need not wait for the kernel to be compiled."""
 MAX_TOKENS = 512
 """Multiplied with at a time. With more, too few inputs would fit into the cache."""
 MAX_ROWS = 1024
@@ -45,6 +47,7 @@ def multiplies(codes: torch.Tensor, x: torch.Tensor) -> bool:
         x.dtype == torch.bfloat16
         and x.device.type == codes.device.type == "cpu"
         and x.shape[0] >= MIN_TOKENS
+        and max(codes.shape) >= MIN_SIDE
         and not (codes.shape[0] % _PAIR or codes.shape[1] % _PAIR)
         and codes.is_contiguous()
         and x.stride(1) == 1

@@ -20,6 +20,11 @@ needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="a processor without AMX,
 GUARD = 4096
 
 
+@pytest.fixture(autouse=True)
+def _small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_product, "MIN_SIDE", 0)
+
+
 @pytest.fixture
 def kernel_anew() -> Iterator[None]:
     tile_product._kernel.cache_clear()
@@ -239,6 +244,12 @@ def test_where_there_are_no_tiles_torch_multiplies(
 ) -> None:
     monkeypatch.setattr(where, name, value)
     check_torch_multiplies()
+
+
+def test_a_model_of_small_matrices_compiles_nothing(monkeypatch: pytest.MonkeyPatch, kernel_anew: None) -> None:
+    monkeypatch.setattr(tile_product, "MIN_SIDE", 2048)
+    check_torch_multiplies()
+    assert tile_product._kernel.cache_info().currsize == 0
 
 
 @needs_tiles
