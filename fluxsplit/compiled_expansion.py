@@ -125,7 +125,7 @@ def _loop(float8: torch.dtype, dtype: torch.dtype, exact: bool) -> _Loop | None:
         return None
     try:
         return compiled(source(float8, dtype, exact=exact), expand=_ARGUMENTS)["expand"]
-    except (ImportError, RuntimeError, OSError, AttributeError):  # an llvmlite of another time among them
+    except (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError):  # an llvmlite of another time
         return None
 
 

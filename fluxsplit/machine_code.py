@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 _engines: list[object] = []
@@ -48,19 +48,43 @@ def compiled(*sources: str, **signatures: tuple[type, ...]) -> dict[str, Callabl
     }
 
 
+def has_features(*names: str) -> bool:
+    """Whether LLVM makes code for this processor with such instructions (`amx-bf16`).
+
+    What it has no code for ends the process. Raises ImportError without llvmlite.
+    """
+    import llvmlite.binding as llvm  # noqa: PLC0415  (optional, and of no use on a card)
+
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name) for name in names)
+
+
 def run_side_by_side(run: Callable[..., object], shares: Iterable[tuple[Any, ...]]) -> None:
     """Call `run` with each share, the first here and the others in threads, and return when all are done.
 
     Also when Ctrl-C comes in between: nobody may use what they write to while they do.
     """
     first, *others = shares
-    running = [_pool().submit(run, *share) for share in others]
+    running: list[Future[object]] = []
     try:
+        for share in others:
+            running.append(_pool().submit(run, *share))
         run(*first)
     finally:
-        wait(running)
+        _wait_for(running)
     for one in running:
         one.result()
+
+
+def _wait_for(running: list[Future[object]]) -> None:
+    interrupted: KeyboardInterrupt | None = None
+    while not all(one.done() for one in running):
+        try:
+            wait(running)
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 @functools.cache

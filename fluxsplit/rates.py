@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from fluxsplit.background_reads import Read, reads_by
 from fluxsplit.held_memory import CPU_PIECE_BYTES
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
+from fluxsplit.stored_layers import ROWS, Scratch
 from fluxsplit.weights import WeightFile
 
 SAMPLES, SAMPLE_S = 5, 0.03
@@ -62,7 +64,7 @@ def _with_rates(
     rows = max(64, min(tokens, MAX_TOKENS if device.type == "cpu" else MAX_CARD_TOKENS))
     outputs = 3 * hidden
     if device.type == "cpu":  # as a matrix comes there, and no more memory than the step will take
-        outputs = max(1, min(outputs, CPU_PIECE_BYTES // (hidden * dtype.itemsize)))
+        outputs = max(1, min(outputs, CPU_PIECE_BYTES // (hidden * dtype.itemsize) // ROWS * ROWS))
     x, matrix, bias = (_values(shape, dtype, device) for shape in ((rows, hidden), (outputs, hidden), (outputs,)))
     head = min(head, hidden)
     heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head)
@@ -74,7 +76,7 @@ def _with_rates(
     expansion = {} if by_tiles else {"expansion": lambda: fp8.expand_into(codes, matrix)}
     run_s = _seconds(
         device,
-        products=lambda: _multiply_by_tiles(x, codes, bias) if by_tiles else F.linear(x, matrix, bias),
+        products=_products_by_tiles(x, codes, bias) if by_tiles else lambda: F.linear(x, matrix, bias),
         attention=lambda: _attend(heads, info.fused_attention),
         mixed=lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x,
         **expansion,
@@ -149,9 +151,14 @@ def _values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.randn(shape, generator=generator, device=device).mul_(0.05).to(dtype)
 
 
-def _multiply_by_tiles(x: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor) -> None:
-    out = x.new_empty(x.shape[0], codes.shape[0])
-    tile_product.multiply_into(x, codes, 1.0, bias, out, lambda count: torch.empty(count, dtype=torch.uint8))
+def _products_by_tiles(x: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor) -> Callable[[], object]:
+    """Several matrices take turns, as in a step none is in a core's own cache when its turn comes."""
+    matrices, out, scratch = (
+        cycle([codes, *(codes.clone() for _ in range(7))]),
+        x.new_empty(len(x), len(codes)),
+        Scratch(),
+    )
+    return lambda: tile_product.multiply_into(x, next(matrices), 1.0, bias, out, scratch.bytes)
 
 
 def _attend(heads: torch.Tensor, fused: bool) -> torch.Tensor:

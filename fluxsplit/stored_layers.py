@@ -29,7 +29,7 @@ class Scratch:
     """One buffer for the matrix that is multiplied with now; the layers of a model take turns."""
 
     def __init__(self, limit_bytes: int | None = None) -> None:
-        """With a limit, matrices that are larger come in pieces of rows."""
+        """With a limit, matrices that are larger come in pieces of rows; it does not bound `bytes`."""
         self._bytes, self._limit_bytes = torch.empty(0, dtype=torch.uint8), limit_bytes
         self._matrices: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
 

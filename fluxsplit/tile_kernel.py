@@ -59,7 +59,10 @@ def packed_bytes(tokens: int, inputs: int) -> int:
 
 
 def work_bytes(rows: int, tokens: int, depth: int) -> int:
-    """What `multiply` writes to besides: two pairs of rows, expanded, and sums in fp32."""
+    """What `multiply` writes to besides: two pairs of rows, expanded, and sums in fp32 of `rows`.
+
+    None of those need be kept where one depth takes all inputs.
+    """
     return 2 * PAIR * depth * 2 + 4 * TILE_BYTES + rows * -(-tokens // PAIR) * PAIR * 4
 
 
@@ -274,7 +277,7 @@ def _each_sum(w: _Writer, what: str, address: ir.Value) -> None:
 
 
 def _rounded(w: _Writer, values: ir.Value) -> ir.Value:
-    """fp32 to bf16: the upper half of the bits, to the nearest, or even (IEEE 754). NaN stays NaN, if quiet."""
+    """fp32 to bf16: the upper half of the bits, to the nearest, or even (IEEE 754). NaN of bf16 stays NaN."""
     bits = w.bitcast(values, _WORDS)
     odd = w.and_(w.lshr(bits, _splat(16)), _splat(1))
     return w.trunc(w.lshr(w.add(w.add(bits, odd), _splat(0x7FFF)), _splat(16)), _SHORTS)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from fluxsplit import compiled_expansion
-from fluxsplit.machine_code import compiled, run_side_by_side
+from fluxsplit.machine_code import compiled, has_features, run_side_by_side
 
 MIN_TOKENS = 16
 """For fewer, there is more to expand than to multiply, and torch's products are as quick."""
@@ -29,6 +29,7 @@ MAX_ROWS = 1024
 """Whose sums are kept at a time."""
 CACHED_BYTES = 1 << 20
 """Of x, of the 2 MB that the second-level cache of each core of these processors has."""
+LINE_BYTES = 64
 _PAIR = 32
 """The kernel's step, in rows, tokens and inputs."""
 
@@ -67,19 +68,20 @@ def multiply_into(
     """out [tokens, rows] = x [tokens, inputs] codes^T scale + bias [rows], as many threads as torch has at it.
 
     x, bias and out are bf16; rows of x and of out may be columns of wider tensors. Sums are kept in fp32, in an order
-    that does not depend on tokens or threads, and rounded once. `room` gives so many bytes, a uint8 tensor that begins
-    with a line of the cache and is free until this returns. Raises ValueError for what `multiplies` says no to, or what
-    does not fit together, since the kernel reads and writes by address.
+    that does not depend on tokens or threads, multiplied with the scale then, and rounded once. `room` gives so many
+    bytes, a uint8 tensor that begins with a line of the cache and is free until this returns. Raises ValueError for
+    what `multiplies` says no to, or what does not fit together, since the kernel reads and writes by address.
     """
     tokens, (rows, inputs) = x.shape[0], codes.shape
-    fits = out.shape == (tokens, rows) and x.shape[1] == inputs and out.dtype == x.dtype and out.stride(1) == 1
-    if not (fits and multiplies(codes, x) and (bias is None or (bias.shape == (rows,) and bias.dtype == x.dtype))):
+    fits = x.shape[1] == inputs and out.shape == (tokens, rows) and out.stride(1) == 1
+    alike = all(each.dtype == x.dtype and each.device == x.device for each in (out, bias) if each is not None)
+    if not (fits and alike and multiplies(codes, x) and (bias is None or bias.shape == (rows,))):
         raise ValueError(f"{list(x.shape)} {x.dtype} by {list(codes.shape)} {codes.dtype} into {list(out.shape)}")
     kernel = _kernel(codes.dtype)
     assert kernel is not None
     offsets = torch.zeros(rows, dtype=x.dtype) if bias is None else bias.contiguous()
     for piece, piece_out in zip(*(whole.tensor_split(-(-tokens // MAX_TOKENS)) for whole in (x, out)), strict=True):
-        _multiply(kernel, piece, codes, scale, offsets, piece_out, room)
+        _multiply(kernel, piece, codes, scale, offsets, piece_out, room, _depth(piece.shape[0], inputs))
 
 
 def _multiply(
@@ -90,14 +92,18 @@ def _multiply(
     bias: torch.Tensor,
     out: torch.Tensor,
     room: Callable[[int], torch.Tensor],
+    depth: int,
 ) -> None:
     tokens, (rows, inputs) = x.shape[0], codes.shape
-    depth = _depth(tokens, inputs)
     row_shares = _shares(rows)
     packed_bytes = kernel.packed_bytes(tokens, inputs)
-    work_bytes = kernel.work_bytes(min(MAX_ROWS, rows), tokens, depth)
-    memory = room(packed_bytes + work_bytes * len(row_shares))
+    # sums are kept between depths only
+    work_bytes = kernel.work_bytes(min(MAX_ROWS, row_shares[0][1]) if depth < inputs else 0, tokens, depth)
+    wanted_bytes = packed_bytes + work_bytes * len(row_shares)
+    memory = room(wanted_bytes)
     packed = memory.data_ptr()
+    if memory.numel() < wanted_bytes or not memory.is_contiguous() or packed % LINE_BYTES:
+        raise ValueError(f"{memory.numel()} bytes of room at {packed:#x}, where {wanted_bytes} are needed")
 
     def pack(first: int, last: int) -> None:
         there = packed + kernel.packed_bytes(first, inputs)
@@ -144,7 +150,7 @@ def _kernel(float8: torch.dtype) -> _Kernel | None:
         return None
     try:
         kernel = _compiled(float8)
-    except (ImportError, RuntimeError, OSError, AttributeError):  # an llvmlite of another time among them
+    except (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError):  # an llvmlite of another time
         return None
     return kernel if _is_exact(kernel, float8) else None
 
@@ -152,6 +158,8 @@ def _kernel(float8: torch.dtype) -> _Kernel | None:
 def _compiled(float8: torch.dtype) -> _Kernel:
     from fluxsplit import tile_kernel  # noqa: PLC0415  (imports llvmlite, which may not be there)
 
+    if not has_features("amx-tile", "amx-bf16"):
+        raise RuntimeError("LLVM knows of no tiles of bf16 here")
     address, count = ctypes.c_void_p, ctypes.c_int64
     made = compiled(
         tile_kernel.source(),
@@ -169,11 +177,11 @@ def _is_exact(kernel: _Kernel, float8: torch.dtype) -> bool:
     def whole(*shape: int) -> torch.Tensor:
         return torch.randint(-8, 9, shape, generator=random).float()
 
-    for tokens, rows, inputs in ((37, 96, 160), (16, 32, 32)):
+    for tokens, rows, inputs, depth in ((37, 96, 160, 160), (37, 96, 160, 64), (16, 32, 32, 32)):
         x, matrix, bias = whole(tokens, inputs), whole(rows, inputs), whole(rows)
         wanted = (x @ matrix.t() * 0.5 + bias).bfloat16()
         out = torch.empty_like(wanted)
-        _multiply(kernel, x.bfloat16(), matrix.to(float8), 0.5, bias.bfloat16(), out, _new_room)
+        _multiply(kernel, x.bfloat16(), matrix.to(float8), 0.5, bias.bfloat16(), out, _new_room, depth)
         if not torch.equal(out, wanted):
             return False
     return True

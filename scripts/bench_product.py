@@ -4,8 +4,8 @@
 
 Each matrix of float8 codes is multiplied with in three ways, in turns: by `tile_product`; by torch with codes expanded
 piece by piece, as a step does it elsewhere; by torch with a matrix in bf16, expanded before. Six matrices take turns,
-as in a step none is in the cache when its turn comes; the one in bf16 is the same every time. Milliseconds are the
-best and the median, of all threads. Needs a processor with AMX, and llvmlite.
+as in a step none is in a core's own cache when its turn comes; the one in bf16 is the same every time. Milliseconds
+are the best and the median, of all threads. Needs a processor with AMX, and llvmlite.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from fluxsplit import fp8, tile_product
 from fluxsplit.held_memory import CPU_PIECE_BYTES
-from fluxsplit.stored_layers import ROWS
+from fluxsplit.stored_layers import ROWS, Scratch
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360))
 MATRICES = 6
@@ -50,7 +50,7 @@ def measure(tokens: int, rows: int, inputs: int, times: int) -> dict[str, list[f
     x, bias = torch.randn(tokens, inputs).bfloat16(), torch.randn(rows).bfloat16()
     matrices = [torch.randn(rows, inputs).mul_(0.05).to(torch.float8_e4m3fn) for _ in range(MATRICES)]
     dense, out = matrices[0].to(torch.bfloat16), torch.empty(tokens, rows, dtype=torch.bfloat16)
-    room = torch.empty(1 << 26, dtype=torch.uint8)
+    scratch = Scratch()
     if not tile_product.multiplies(matrices[0], x):
         raise SystemExit("this processor has no tiles, or llvmlite is not installed")
     piece_rows = CPU_PIECE_BYTES // (2 * inputs) // ROWS * ROWS
@@ -64,7 +64,7 @@ def measure(tokens: int, rows: int, inputs: int, times: int) -> dict[str, list[f
             torch.addmm(bias[part], x, expanded.t(), out=out[:, part])
 
     ways: dict[str, Callable[[torch.Tensor], object]] = {
-        "by tiles": lambda codes: tile_product.multiply_into(x, codes, 1.0, bias, out, lambda count: room[:count]),
+        "by tiles": lambda codes: tile_product.multiply_into(x, codes, 1.0, bias, out, scratch.bytes),
         "expanded by pieces": by_pieces,
         "torch, in bf16": lambda codes: F.linear(x, dense, bias),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -130,13 +132,16 @@ def test_bits_depend_on_neither_tokens_nor_threads_nor_depth(
 
 
 @needs_tiles
+@pytest.mark.parametrize("cached_bytes", [1 << 20, 1 << 12])
 @pytest.mark.parametrize("count", [1, 3])
 def test_columns_of_wider_tensors_are_read_and_written_and_nothing_else(
-    count: int, threads: Callable[[int], None]
+    count: int, cached_bytes: int, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads(count)
     wide, codes = values(45, 200).to(BF16), values(96, 64, seed=1).to(E4M3)
     x = wide[2:43, 7:71]  # begins in the middle of a vector
+    monkeypatch.setattr(tile_product, "CACHED_BYTES", cached_bytes)
+    monkeypatch.setattr(tile_product, "MAX_ROWS", 64)
     out = torch.full((45, 150), -7.0, dtype=BF16)
     rooms: list[torch.Tensor] = []
 
@@ -149,6 +154,38 @@ def test_columns_of_wider_tensors_are_read_and_written_and_nothing_else(
     out[2:43, 9:105] = -7.0
     assert bool((out == -7.0).all())
     assert rooms and all(bool((each[:GUARD] == 0x5A).all() and (each[-GUARD:] == 0x5A).all()) for each in rooms)
+
+
+@needs_tiles
+def test_nothing_behind_codes_and_tokens_is_read(threads: Callable[[int], None]) -> None:
+    """Both end where their page does, and the next one may not be read."""
+    threads(2)
+    codes, x = values(96, 64, seed=1).to(E4M3), values(45, 64).to(BF16)
+    wanted = product(x, codes)
+    for name, whole_tensor in (("codes", codes), ("x", x)):
+        count = whole_tensor.numel() * whole_tensor.itemsize
+        pages = -(-count // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        everything = torch.frombuffer(memory, dtype=torch.uint8)
+        at_end = everything[pages * mmap.PAGESIZE - count : pages * mmap.PAGESIZE]
+        at_end.copy_(whole_tensor.view(torch.uint8).flatten())
+        placed = at_end.view(whole_tensor.dtype).view(whole_tensor.shape)
+        libc = ctypes.CDLL(None)
+        closed = ctypes.c_void_p(everything.data_ptr() + pages * mmap.PAGESIZE)
+        assert libc.mprotect(closed, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        got = product(placed, codes) if name == "x" else product(x, placed)
+        assert torch.equal(got, wanted), name
+        assert libc.mprotect(closed, ctypes.c_size_t(mmap.PAGESIZE), 3) == 0
+
+
+@needs_tiles
+def test_codes_may_begin_at_any_byte_and_inference_in_threads(threads: Callable[[int], None]) -> None:
+    threads(3)
+    with torch.inference_mode():
+        codes, x = values(96, 64, seed=1).to(E4M3), values(45, 64).to(BF16)
+        raw = torch.zeros(96 * 64 + 5, dtype=torch.uint8)
+        raw[5:] = codes.view(torch.uint8).flatten()
+        assert torch.equal(product(x, raw[5:].view(E4M3).view(96, 64)), product(x, codes))
 
 
 @needs_tiles
@@ -188,9 +225,41 @@ def test_what_it_does_not_take_is_refused() -> None:
         (x, bias, out[:19]),
         (x, bias, out.float()),
         (x, bias, out.t().contiguous().t()),
+        (x, bias.to("meta"), out),
+        (x, bias, out.to("meta")),
     ):
         with pytest.raises(ValueError, match="into"):
             tile_product.multiply_into(bad_x, codes, 1.0, bad_bias, bad_out, room)
+
+
+@needs_tiles
+def test_too_little_room_is_refused() -> None:
+    x, codes, out = torch.ones(20, 64, dtype=BF16), torch.ones(32, 64).to(E4M3), torch.empty(20, 32, dtype=BF16)
+    for small in (lambda count: room(count - 1), lambda count: room(count + 1)[1:], lambda count: room(2 * count)[::2]):
+        with pytest.raises(ValueError, match="bytes of room"):
+            tile_product.multiply_into(x, codes, 1.0, None, out, small)
+
+
+def test_room_hardly_grows_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llvmlite")
+    from fluxsplit import tile_kernel
+
+    asked: list[int] = []
+
+    def asking(count: int) -> torch.Tensor:
+        asked.append(count)
+        return torch.empty(count, dtype=torch.uint8)
+
+    def nothing(*arguments: object) -> None: ...
+
+    kernel = tile_product._Kernel(nothing, nothing, tile_kernel.packed_bytes, tile_kernel.work_bytes)
+    x, codes = torch.empty(512, 15360, dtype=BF16), torch.empty(3072, 15360).to(E4M3)
+    for threads in (1, 2, 16, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        out = torch.empty(512, 3072, dtype=BF16)
+        depth = tile_product._depth(512, 15360)
+        tile_product._multiply(kernel, x, codes, 1.0, torch.empty(3072, dtype=BF16), out, asking, depth)
+    assert max(asked) < 40e6 and asked[0] < 20e6, asked
 
 
 @needs_tiles
@@ -213,6 +282,9 @@ def test_layers_use_it_for_each_picture_alike(monkeypatch: pytest.MonkeyPatch) -
         assert out.shape == (1, 40, 96) and torch.equal(out, layer(x))
         assert torch.equal(out[0], product(x[0], codes, 0.5, bias))
     assert torch.equal(wide[..., 4:], together[0]) and not wide[..., :4].any()
+    asked.clear()
+    mixed = layer.each([xs[0], xs[1][:, :3]])
+    assert not asked and [out.shape[1] for out in mixed] == [40, 3]
 
 
 def check_torch_multiplies() -> None:
@@ -250,6 +322,23 @@ def test_a_model_of_small_matrices_compiles_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tile_product, "MIN_SIDE", 2048)
     check_torch_multiplies()
     assert tile_product._kernel.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError])
+def test_an_llvmlite_of_another_time_is_not_used(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, kernel_anew: None
+) -> None:
+    def failing(float8: torch.dtype) -> tile_product._Kernel:
+        raise error("PointerType.__init__() missing 1 required positional argument: 'pointee'")
+
+    monkeypatch.setattr(tile_product, "_compiled", failing)
+    check_torch_multiplies()
+
+
+def test_what_llvm_has_no_code_for_is_not_compiled(monkeypatch: pytest.MonkeyPatch, kernel_anew: None) -> None:
+    """It would end the process."""
+    monkeypatch.setattr(tile_product, "has_features", lambda *names: "amx-bf16" not in names)
+    check_torch_multiplies()
 
 
 @needs_tiles
