@@ -52,7 +52,8 @@ def plan_job(job: SampleJob, part: Part, device: torch.device, dtype: torch.dtyp
     weight_bytes = sum(block.bytes for block in model.blocks)
     if weight_bytes >= WORTH_MEASURING_BYTES:
         tokens = max(tokens_of(width, height, work.text_tokens) for width, height in work.sizes)
-        info = with_rates(info, device, dtype, model.hidden, model.head, tokens)
+        float8 = any(block.elements for block in model.blocks)
+        info = with_rates(info, device, dtype, model.hidden, model.head, tokens, float8=float8)
         info = with_file_rates(info, part.path, weight_bytes)
     if device.type != "cpu":  # the libraries that measuring loaded have taken of what was free
         info = replace(info, free_bytes=device_info(device).free_bytes)

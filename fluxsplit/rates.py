@@ -49,17 +49,27 @@ READ_BYTES = 4 << 20
 
 @torch.inference_mode()
 def with_rates(
-    info: DeviceInfo, device: torch.device, dtype: torch.dtype, hidden: int, head: int, tokens: int
+    info: DeviceInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    head: int,
+    tokens: int,
+    *,
+    float8: bool = True,
 ) -> DeviceInfo:
-    """`info` with the rates of products of `hidden` channels, of attention, expansion, elementwise work and the bus."""
-    found = _with_rates(info, device, dtype, hidden, head, tokens)
+    """`info` with the rates of products of `hidden` channels, of attention, expansion, elementwise work and the bus.
+
+    `float8` says whether matrices are stored so, which some products expand as they go.
+    """
+    found = _with_rates(info, device, dtype, hidden, head, tokens, float8)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of a small card's memory nothing may be kept for this
     return found
 
 
 def _with_rates(
-    info: DeviceInfo, device: torch.device, dtype: torch.dtype, hidden: int, head: int, tokens: int
+    info: DeviceInfo, device: torch.device, dtype: torch.dtype, hidden: int, head: int, tokens: int, float8: bool
 ) -> DeviceInfo:
     rows = max(64, min(tokens, MAX_TOKENS if device.type == "cpu" else MAX_CARD_TOKENS))
     outputs = 3 * hidden
@@ -72,7 +82,7 @@ def _with_rates(
     # not all devices cast to float8; the matrix is expanded from these in turn, so that it is of random values as well
     codes = torch.randint(0, FINITE_CODES, matrix.shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     copy = {} if device.type == "cpu" else {"bus": _bus_copy(device)}
-    by_tiles = tile_product.multiplies(codes, x)  # which expands as it goes
+    by_tiles = float8 and tile_product.multiplies(codes, x)
     expansion = {} if by_tiles else {"expansion": lambda: fp8.expand_into(codes, matrix)}
     run_s = _seconds(
         device,

@@ -90,7 +90,7 @@ class StoredLinear(nn.Module):
         return self.each([x])[0]
 
     def each(self, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What `forward` gives for every one of `xs`, all of one dtype and device, by one expansion of the matrix."""
+        """What `forward` gives for all of `xs`, of one dtype and device; a matrix that is written out is so once."""
         self._check()
         x = xs[0]
         if self._is_ready(x):
@@ -113,7 +113,8 @@ class StoredLinear(nn.Module):
 
     def _by_tiles(self, x: torch.Tensor) -> bool:
         """Whether the matrix can be expanded while it is multiplied with."""
-        return tile_product.multiplies(self.stored, _flat(x))
+        # asked for every layer of a step, where a card's host has no time to lose
+        return x.device.type == "cpu" and tile_product.multiplies(self.stored, _flat(x))
 
     def _is_ready(self, x: torch.Tensor) -> bool:
         """Whether the matrix can be multiplied with as it is stored."""

@@ -28,9 +28,9 @@ def test_every_rate_of_a_cpu_is_measured() -> None:
     assert info.bus_bytes_per_s is None
 
 
-@pytest.mark.parametrize("has_tiles", [True, False])
+@pytest.mark.parametrize(("has_tiles", "float8"), [(True, True), (False, True), (True, False)])
 def test_expansion_is_measured_where_products_do_not_expand_as_they_go(
-    has_tiles: bool, monkeypatch: pytest.MonkeyPatch
+    has_tiles: bool, float8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiplied: list[int] = []
 
@@ -39,9 +39,9 @@ def test_expansion_is_measured_where_products_do_not_expand_as_they_go(
 
     monkeypatch.setattr(tile_product, "multiplies", lambda codes, x: has_tiles)
     monkeypatch.setattr(tile_product, "multiply_into", multiply_into)
-    info = with_rates(device_info(CPU), CPU, torch.bfloat16, hidden=64, head=16, tokens=80)
-    assert info.flops_per_s and (info.expand_elements_per_s is None) is has_tiles
-    assert set(multiplied) == ({80} if has_tiles else set())
+    info = with_rates(device_info(CPU), CPU, torch.bfloat16, hidden=64, head=16, tokens=80, float8=float8)
+    assert info.flops_per_s and (info.expand_elements_per_s is None) is (has_tiles and float8)
+    assert set(multiplied) == ({80} if has_tiles and float8 else set())
 
 
 def test_the_disk_is_measured_only_where_weights_do_not_stay_in_ram(tmp_path: Path) -> None:

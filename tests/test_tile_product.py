@@ -7,10 +7,12 @@ import mmap
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_flux import by_seed, image, sample, write_conditioning, write_flux
 
 from fluxsplit import tile_product
 from fluxsplit.stored_layers import Scratch, StoredLinear
@@ -285,6 +287,34 @@ def test_layers_use_it_for_each_picture_alike(monkeypatch: pytest.MonkeyPatch) -
     asked.clear()
     mixed = layer.each([xs[0], xs[1][:, :3]])
     assert not asked and [out.shape[1] for out in mixed] == [40, 3]
+
+
+@needs_tiles
+def test_a_whole_run_by_tiles_is_torchs_to_rounding_and_each_picture_that_of_its_own_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flux = write_flux(tmp_path / "flux.safetensors")
+    text = write_conditioning(tmp_path / "text", 1, 20)
+    images = [image(text, seed, (128, 128)) for seed in (1, 2)]
+    multiplied: list[int] = []
+    multiply = tile_product.multiply_into
+
+    def noting(x: torch.Tensor, *others: object) -> None:
+        multiplied.append(x.shape[0])
+        multiply(x, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tile_product, "multiply_into", noting)
+    _, recorder = sample(flux, images, tmp_path / "tiles", "bf16")
+    by_tiles = by_seed(recorder)
+    assert {20, 64, 84} <= set(multiplied), "text, picture and both"
+    alone, _ = sample(flux, images[1:], tmp_path / "alone", "bf16")
+    assert torch.equal(alone[0], by_tiles[2])
+    monkeypatch.setattr(tile_product, "MIN_SIDE", 1 << 30)
+    multiplied.clear()
+    _, recorder = sample(flux, images, tmp_path / "torch", "bf16")
+    assert not multiplied
+    for seed, latents in by_seed(recorder).items():
+        assert (latents.float() - by_tiles[seed].float()).abs().max() < 0.05 * latents.float().std()
 
 
 def check_torch_multiplies() -> None:
