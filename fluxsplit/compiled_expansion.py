@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fluxsplit.machine_code import compiled, run_side_by_side
+from fluxsplit.machine_code import NOT_TO_BE_HAD, compiled, run_side_by_side
 
 SHARE_ELEMENTS = 1 << 18
 """A thread is not woken for less: it would take as long to wake."""
@@ -125,7 +125,7 @@ def _loop(float8: torch.dtype, dtype: torch.dtype, exact: bool) -> _Loop | None:
         return None
     try:
         return compiled(source(float8, dtype, exact=exact), expand=_ARGUMENTS)["expand"]
-    except (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError):  # an llvmlite of another time
+    except NOT_TO_BE_HAD:
         return None
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+NOT_TO_BE_HAD = (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError)
+"""What is raised on the way to machine code where there is no llvmlite, or one of another time, or LLVM cannot."""
 _engines: list[object] = []
 """They own the compiled code."""
 

@@ -67,7 +67,7 @@ class DeviceInfo:
     fused_attention: bool = True
     """False where attention would materialise the score matrix (RDNA2): it is then computed in chunks of queries."""
     tile_products: bool = False
-    """Whether a CPU multiplies 16 bits by tiles (AMX), for which operands are arranged anew."""
+    """Whether a CPU multiplies 16 bits by tiles (AMX), for which x or the matrix is arranged anew."""
     growing_segments: bool = True
     """False where torch's allocator cannot use what was freed in one size for another (Windows, AMD)."""
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from fluxsplit import compiled_expansion
-from fluxsplit.machine_code import compiled, has_features, run_side_by_side
+from fluxsplit.fp8 import CACHE_LINE_BYTES
+from fluxsplit.machine_code import NOT_TO_BE_HAD, compiled, has_features, run_side_by_side
 
 MIN_TOKENS = 16
 """For fewer, there is more to expand than to multiply, and torch's products are as quick."""
@@ -29,7 +30,6 @@ MAX_ROWS = 1024
 """Whose sums are kept at a time."""
 CACHED_BYTES = 1 << 20
 """Of x, of the 2 MB that the second-level cache of each core of these processors has."""
-LINE_BYTES = 64
 _PAIR = 32
 """The kernel's step, in rows, tokens and inputs."""
 
@@ -102,7 +102,7 @@ def _multiply(
     wanted_bytes = packed_bytes + work_bytes * len(row_shares)
     memory = room(wanted_bytes)
     packed = memory.data_ptr()
-    if memory.numel() < wanted_bytes or not memory.is_contiguous() or packed % LINE_BYTES:
+    if memory.numel() < wanted_bytes or not memory.is_contiguous() or packed % CACHE_LINE_BYTES:
         raise ValueError(f"{memory.numel()} bytes of room at {packed:#x}, where {wanted_bytes} are needed")
 
     def pack(first: int, last: int) -> None:
@@ -150,7 +150,7 @@ def _kernel(float8: torch.dtype) -> _Kernel | None:
         return None
     try:
         kernel = _compiled(float8)
-    except (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError):  # an llvmlite of another time
+    except NOT_TO_BE_HAD:
         return None
     return kernel if _is_exact(kernel, float8) else None
 

@@ -18,9 +18,9 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from fluxsplit import fp8, tile_product
+from fluxsplit import tile_product
 from fluxsplit.held_memory import CPU_PIECE_BYTES
-from fluxsplit.stored_layers import ROWS, Scratch
+from fluxsplit.stored_layers import Scratch, StoredLinear
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360))
 MATRICES = 6
@@ -53,15 +53,10 @@ def measure(tokens: int, rows: int, inputs: int, times: int) -> dict[str, list[f
     scratch = Scratch()
     if not tile_product.multiplies(matrices[0], x):
         raise SystemExit("this processor has no tiles, or llvmlite is not installed")
-    piece_rows = CPU_PIECE_BYTES // (2 * inputs) // ROWS * ROWS
-    piece = torch.empty(piece_rows, inputs, dtype=torch.bfloat16)
+    pieces = Scratch(CPU_PIECE_BYTES)
 
     def by_pieces(codes: torch.Tensor) -> None:
-        for start in range(0, rows, piece_rows):
-            part = slice(start, min(rows, start + piece_rows))
-            expanded = piece[: part.stop - part.start]
-            fp8.expand_into(codes[part], expanded)
-            torch.addmm(bias[part], x, expanded.t(), out=out[:, part])
+        StoredLinear("a matrix", codes, None, bias, scratch=pieces)._by_pieces([x], [out])
 
     ways: dict[str, Callable[[torch.Tensor], object]] = {
         "by tiles": lambda codes: tile_product.multiply_into(x, codes, 1.0, bias, out, scratch.bytes),

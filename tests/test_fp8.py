@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
 
-from fluxsplit import compiled_expansion, fp8
+from fluxsplit import compiled_expansion, fp8, machine_code
 from fluxsplit.errors import FluxsplitError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,6 +145,23 @@ def test_an_interrupted_expansion_ends_only_when_nothing_is_written_any_more(mon
     with pytest.raises(KeyboardInterrupt):
         compiled_expansion.expand_into(finite_codes(E4M3), torch.empty(254, dtype=torch.bfloat16), 1.0)
     assert written.is_set()
+
+
+def test_a_second_interrupt_does_not_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, waits = threading.Event(), list[int]()
+    wait = machine_code.wait
+
+    def interrupted(running: list[Future[object]]) -> object:
+        waits.append(len(running))
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        finish.set()
+        return wait(running)
+
+    monkeypatch.setattr(machine_code, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        machine_code.run_side_by_side(lambda here: here or finish.wait(10), [(True,), (False,)])
+    assert waits == [1, 1] and finish.is_set()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a call of Linux")

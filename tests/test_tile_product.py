@@ -43,6 +43,20 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many tokens the products by tiles were, in order."""
+    asked: list[int] = []
+    multiply = tile_product.multiply_into
+
+    def noting(x: torch.Tensor, *others: object) -> None:
+        asked.append(x.shape[0])
+        multiply(x, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tile_product, "multiply_into", noting)
+    return asked
+
+
 def room(count: int) -> torch.Tensor:
     """Full of what would be seen if it were read before it is written: NaN."""
     return torch.full((count,), 0xFF, dtype=torch.uint8)
@@ -265,45 +279,29 @@ def test_room_hardly_grows_with_threads(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_tiles
-def test_layers_use_it_for_each_picture_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_use_it_for_each_picture_alike(multiplied: list[int]) -> None:
     codes, bias = values(96, 64, seed=1).to(E4M3), values(96, seed=2).to(BF16)
     layer = StoredLinear("a", codes, 0.5, bias, scratch=Scratch(1 << 12))
     xs = [values(1, 40, 64, seed=seed).to(BF16) for seed in (3, 4)]
-    asked: list[int] = []
-    multiply = tile_product.multiply_into
-
-    def noting(x: torch.Tensor, *others: object) -> None:
-        asked.append(x.shape[0])
-        multiply(x, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tile_product, "multiply_into", noting)
     together, wide = layer.each(xs), torch.zeros(1, 40, 100, dtype=BF16)
     layer.into(xs[0], wide[..., 4:])
-    assert asked == [40, 40, 40]
+    assert multiplied == [40, 40, 40]
     for x, out in zip(xs, together, strict=True):
         assert out.shape == (1, 40, 96) and torch.equal(out, layer(x))
         assert torch.equal(out[0], product(x[0], codes, 0.5, bias))
     assert torch.equal(wide[..., 4:], together[0]) and not wide[..., :4].any()
-    asked.clear()
+    multiplied.clear()
     mixed = layer.each([xs[0], xs[1][:, :3]])
-    assert not asked and [out.shape[1] for out in mixed] == [40, 3]
+    assert not multiplied and [out.shape[1] for out in mixed] == [40, 3]
 
 
 @needs_tiles
 def test_a_whole_run_by_tiles_is_torchs_to_rounding_and_each_picture_that_of_its_own_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, multiplied: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flux = write_flux(tmp_path / "flux.safetensors")
     text = write_conditioning(tmp_path / "text", 1, 20)
     images = [image(text, seed, (128, 128)) for seed in (1, 2)]
-    multiplied: list[int] = []
-    multiply = tile_product.multiply_into
-
-    def noting(x: torch.Tensor, *others: object) -> None:
-        multiplied.append(x.shape[0])
-        multiply(x, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tile_product, "multiply_into", noting)
     _, recorder = sample(flux, images, tmp_path / "tiles", "bf16")
     by_tiles = by_seed(recorder)
     assert {20, 64, 84} <= set(multiplied), "text, picture and both"
@@ -387,6 +385,7 @@ def test_the_kernel_is_llvms_language_on_any_machine() -> None:
     llvm = pytest.importorskip("llvmlite.binding")
     from fluxsplit import compiled_expansion, tile_kernel
 
+    assert tile_product._PAIR == tile_kernel.PAIR
     for float8 in (E4M3, E5M2):
         module = llvm.parse_assembly(tile_kernel.source())
         module.link_in(llvm.parse_assembly(compiled_expansion.source(float8, BF16, exact=True)))
