@@ -33,6 +33,8 @@ MAX_DEPTH = 20
 MAX_NODES = 5000
 MAX_NAMED = 4
 _CONDITIONINGS = ("conditioning", "conditioning_1", "conditioning_to", "positive", "")
+_SECOND_TEXTS = ("conditioning_2", "conditioning_from")
+"""Inputs of nodes that make one conditioning of two."""
 _SAVERS = ("SaveImage", "PreviewImage", "SaveLatent", "SaveAnimatedWEBP", "SaveImageWebsocket")
 _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced", "SamplerCustom")
 _TEXT_KEYS = ("t5xxl", "text", "text_g", "value", "string", "populated_text", "prompt", "wildcard_text", "clip_l")
@@ -267,7 +269,9 @@ def _unlike_ours(walk: _Walk, positive: Node, *models: Node) -> Iterator[str]:
                 others[_kind(node)[:80]] = None
     for node in walk.back(positive, _CONDITIONINGS):
         steers = any(part in _kind(node).lower() for part in _STEERING)
-        if steers and as_number(walk.value(node, "strength")) != 0:
+        mixes = any(walk.linked(node, name) for name in _SECOND_TEXTS)
+        first_alone = as_number(walk.value(node, "conditioning_to_strength")) == 1
+        if (steers and as_number(walk.value(node, "strength")) != 0) or (mixes and not first_alone):
             others[_kind(node)[:80]] = None
     for what, names in (("loads LoRA", loras), ("uses", others)):
         if names:

@@ -35,9 +35,10 @@ def place(plan: MemoryPlan, flux: Flux, files: WeightFiles, events: Events) -> P
     matrices, every = flux.modulations.matrices, frozenset(range(len(flux.modulations.matrices)))
     if flux.device.type == "cpu":
         fleeting = every if plan.streamed else frozenset[int]()
+        kept = [child.span for child in flux.module.modules() if isinstance(child, StoredLinear) and child.span]
         return Placed(
-            ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read),
-            lambda: ReadAhead(matrices, files, fleeting, told.read, once=True),
+            ReadAhead(flux.blocks, files, frozenset(plan.streamed), told.read, kept=kept),
+            lambda: ReadAhead(matrices, files, fleeting, told.read, kept=kept, once=True),
         )
     keep_within(plan.budget_bytes, flux.device)
     torch.set_num_threads(1)  # what is left to a CPU is small, and threads that wait for more of it would spin

@@ -4,6 +4,10 @@ Copying what is in the page cache already into memory of our own would cost as m
 thread has the kernel read the next blocks instead and maps their pages, so that the computation meets no fault.
 Where the plan says that not all blocks fit into RAM, the pages of those that do not are given back after use: the
 kernel would otherwise throw out the least recently used ones, which in a cycle are the very next ones needed.
+
+With them goes what lies round them and is no part of a step, modulations and biases. The kernel reads further than it
+is asked to, and forgets a large page only whole: a block would leave some 20 MB behind at its ends, all of them
+together a gigabyte that the plan knows nothing of, for which the kernel would throw out the blocks that should stay.
 """
 
 from __future__ import annotations
@@ -11,14 +15,19 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
 from fluxsplit.memory_plan import BLOCKS_AHEAD
 from fluxsplit.streaming import Layout, OnRead, layout
-from fluxsplit.weights import WeightFiles
+from fluxsplit.weights import Span, WeightFiles
+
+READ_TOO_FAR_BYTES = 32 << 20
+"""The kernel reads no further than this behind what it is asked for: twice a disk's readahead of 8 MB, and a page."""
+Range = tuple[str, int, int]
+"""A path, where in the file it begins, and where it ends."""
 
 
 class ReadAhead:
@@ -31,14 +40,18 @@ class ReadAhead:
         streamed: frozenset[int],
         on_read: OnRead,
         *,
+        kept: Sequence[Span] = (),
         once: bool = False,
     ) -> None:
         """`streamed` are the blocks that do not stay in the page cache; `on_read` is told what is asked for.
 
-        With `once` nothing is asked for ahead of a next pass.
+        Of what lies round those, `kept` stays, as other blocks do. With `once` nothing is asked for ahead of a next
+        pass.
         """
         self._files, self._streamed, self._on_read, self._once = files, streamed, on_read, once
-        self._layouts = [layout(block) for block in blocks]
+        self._ranges = [spans(layout(block)) for block in blocks]
+        needed = [*(whole for block in self._ranges for whole in block), *((s.path, s.start, s.stop) for s in kept)]
+        self._given_back = {number: with_surroundings(self._ranges[number], needed) for number in streamed}
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._asked: set[int] = set()
         self._seen: set[int] = set()
@@ -54,14 +67,14 @@ class ReadAhead:
         """
         self._files.check_unchanged()
         for following in range(number, number + BLOCKS_AHEAD + 1):
-            if following < len(self._layouts) or not self._once:
-                self._ask(following % len(self._layouts))
+            if following < len(self._ranges) or not self._once:
+                self._ask(following % len(self._ranges))
         if self._failure is not None or not self._thread.is_alive():
             raise _ended(self._failure)
         yield
         self._asked.discard(number)
         if number in self._streamed:
-            for path, start, stop in spans(self._layouts[number]):
+            for path, start, stop in self._given_back[number]:
                 self._files.open(path).give_back(start, stop)
         else:
             self._seen.add(number)
@@ -79,7 +92,7 @@ class ReadAhead:
     def _read(self) -> None:
         try:
             while (number := self._wanted.get()) is not None:
-                ranges = spans(self._layouts[number])
+                ranges = self._ranges[number]
                 for path, start, stop in ranges:
                     self._files.open(path).map_pages(start, stop)
                 self._on_read(sum(stop - start for _, start, stop in ranges))
@@ -87,13 +100,29 @@ class ReadAhead:
             self._failure = error
 
 
-def spans(layout: Layout) -> list[tuple[str, int, int]]:
+def spans(layout: Layout) -> list[Range]:
     """The block's byte ranges, neighbours joined."""
-    found = sorted((place.span.path, place.span.start, place.span.stop) for place in layout.places)
-    joined: list[tuple[str, int, int]] = []
-    for path, start, stop in found:
-        if joined and joined[-1][0] == path and joined[-1][2] == start:
-            joined[-1] = (path, joined[-1][1], stop)
+    return _joined((place.span.path, place.span.start, place.span.stop) for place in layout.places)
+
+
+def with_surroundings(ranges: Sequence[Range], needed: Sequence[Range]) -> list[Range]:
+    """The ranges, and what lies round them up to what of `needed`, with them among it, comes next: at most 32 MiB."""
+    found = []
+    for path, start, stop in ranges:
+        before = [its_stop for its_path, _, its_stop in needed if its_path == path and its_stop <= start]
+        behind = [its_start for its_path, its_start, _ in needed if its_path == path and its_start >= stop]
+        first = max([0, start - READ_TOO_FAR_BYTES, *before])
+        last = min([stop + READ_TOO_FAR_BYTES, *behind])
+        found.append((path, first, last))
+    return _joined(found)
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    """In the order of the file, those that touch or overlap as one."""
+    joined: list[Range] = []
+    for path, start, stop in sorted(ranges):
+        if joined and joined[-1][0] == path and joined[-1][2] >= start:
+            joined[-1] = (path, joined[-1][1], max(joined[-1][2], stop))
         else:
             joined.append((path, start, stop))
     return joined

@@ -15,8 +15,11 @@ import functools
 import math
 import mmap
 import os
+import platform
+import re
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,9 @@ _DTYPES = {
 }
 MADV_POPULATE_READ = 22
 POPULATE_BYTES = 16 << 20
+LARGE_PAGE_BYTES = 2 << 20
+LARGE_AT_RANDOM = (5, 18)
+"""The first Linux that reads large pages where memory is said to be read at random; before, it read single ones."""
 _CHANGED_HINT = "leave weight files alone while they are used, and run again"
 
 
@@ -63,9 +69,11 @@ class WeightFile:
         if hasattr(os, "posix_fadvise"):  # read ahead twice as far, also when it is the map that is read
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
+        self._has_large_pages = False
         if hasattr(mmap, "MADV_HUGEPAGE"):  # read in 2 MB at once, mapped by one entry: a tenth of the kernel's time
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_HUGEPAGE)
+                self._has_large_pages = True
 
     def check_unchanged(self) -> None:
         """Raise FluxsplitError where the file is not the one that was opened, or was written to since."""
@@ -117,10 +125,30 @@ class WeightFile:
         To ask for them ahead first (WILLNEED) makes it slower: the kernel answers in single pages, where faults in
         order bring in many at once.
         """
-        if sys.platform == "linux":
+        if sys.platform != "linux":
+            return
+        with self._no_further(start, stop):
             for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES):
                 if _madvise(self._address() + at, min(POPULATE_BYTES, stop - at), MADV_POPULATE_READ):
                     return
+
+    @contextlib.contextmanager
+    def _no_further(self, start: int, stop: int) -> Iterator[None]:
+        """Have faults in here read a large page each and nothing behind it, as those of memory read at random do.
+
+        Read ahead otherwise are up to 28 MB behind each range of a block, in the middle of what is not wanted. For no
+        longer than this: the pages of what is always read at random are the first that Linux forgets.
+        """
+        first = start - start % LARGE_PAGE_BYTES
+        count = min(-(-stop // LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES, len(self._map)) - first
+        reads_large_pages = self._has_large_pages and _kernel() >= LARGE_AT_RANDOM
+        if reads_large_pages:
+            _madvise(self._address() + first, count, mmap.MADV_RANDOM)
+        try:
+            yield
+        finally:
+            if reads_large_pages:
+                _madvise(self._address() + first, count, mmap.MADV_NORMAL)
 
     def _address(self) -> int:
         return self.bytes_at(0, 1).data_ptr()
@@ -135,6 +163,12 @@ class WeightFile:
         if hasattr(mmap, name):
             page = start - start % mmap.PAGESIZE
             self._map.madvise(getattr(mmap, name), page, stop - page)
+
+
+@functools.cache
+def _kernel() -> tuple[int, ...]:
+    """Linux's version, as far as it has one."""
+    return tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
 
 
 @functools.cache

@@ -27,7 +27,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +79,10 @@ class Watched:
     """Read for the card so far, after each step."""
     host: list[dict[str, float]] = field(default_factory=list)
     """`bench_stage.Host` after each step."""
+    blocks_s: list[list[tuple[float, float]]] = field(default_factory=list)
+    """Of each step what each block took by the clock and of the CPU; empty on a card."""
+    between_s: float = 0.0
+    """CPU seconds of a step's products, made between the blocks; 0 where none were asked for."""
     pinned_bytes: int = 0
     """Of the file, in the page cache, after the last one."""
     plan: dict[str, Any] = field(default_factory=dict)
@@ -88,10 +92,10 @@ class Watched:
     error: str = ""
 
 
-def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path) -> Watched:
-    """Run the sample stage once under a cap (0: none)."""
+def watch_stage(args: argparse.Namespace, cap_bytes: int, folder: Path, between: Sequence[str] = ()) -> Watched:
+    """Run the sample stage once under a cap (0: none), `between` its blocks as `bench_stage.py` says."""
     job, report = sample_job(args, cap_bytes, folder), folder / "report.json"
-    command = [sys.executable, "-P", str(HERE / "bench_stage.py"), "sample", str(report), str(cap_bytes)]
+    command = [sys.executable, "-P", str(HERE / "bench_stage.py"), "sample", str(report), str(cap_bytes), *between]
     seen = Watched()
     with StageProcess("sample", command, child_environment(environment(args.threads), stage="sample")) as stage:
         watch = AnonymousPeak(stage.pid)
@@ -123,6 +127,8 @@ def take(seen: Watched, event: dict[str, Any], now: Usage) -> None:
     if event["event"] == "step":
         seen.moved_bytes.append(event["moved_bytes"])
         seen.host.append(event["host"])
+        seen.blocks_s.append(event["blocks_s"])
+        seen.between_s = event["between_s"]
         seen.pinned_bytes = event["pinned_bytes"]
 
 
@@ -180,7 +186,32 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         "planned_over_measured_s": round(planned_s(args, seen.plan) / step_s, 3),
         "step_over_compute": round(step_s / (seen.plan["together"] * floor["compute_s"]), 3),
         "step_over_floor": round(step_s / floor_s(args, floor, seen.plan), 3),
+        **by_block(args, seen, floor),
     }
+
+
+def by_block(args: argparse.Namespace, seen: Watched, floor: dict[str, Any]) -> dict[str, float]:
+    """Steps taken apart, on a CPU that others share: they slow it down for seconds at a time, and no step is without.
+
+    `quiet` is a step made of what each block took at its best in any warm one, against the best of each product: of a
+    single block there is nearly always one that went undisturbed. `beside` is the mean of blocks against that of
+    products made between them (`--between`), which met the same. Both leave out the little that is between blocks.
+    Nothing for a card, nor for several pictures, which take blocks in turns.
+    """
+    if not is_cpu(args) or args.pictures > 1:
+        return {}
+    blocks = list(zip(*seen.blocks_s[1:], strict=True))
+    wall_s, cpu_s = (sum(min(taken[clock] for taken in block) for block in blocks) for clock in (0, 1))
+    found = {
+        "quiet_step_s": round(wall_s, 3),
+        "quiet_step_cpu_s": round(cpu_s, 3),
+        "quiet_step_over_compute": round(cpu_s / floor["quiet_compute_s"], 3),
+    }
+    if seen.between_s:
+        wall_s, cpu_s = (sum(mean(taken[clock] for taken in block) for block in blocks) for clock in (0, 1))
+        found |= {"beside_step_s": round(wall_s, 3), "beside_step_cpu_s": round(cpu_s, 3)}
+        found |= {"beside_products_s": seen.between_s, "beside_step_over_compute": round(cpu_s / seen.between_s, 3)}
+    return found
 
 
 def planned_s(args: argparse.Namespace, plan: dict[str, Any]) -> float:
@@ -308,10 +339,12 @@ def one_budget(args: argparse.Namespace, cap_bytes: int, floor: dict[str, Any]) 
         drop_from_cache(args.path)
     before = floor_of(args, "--products") if is_cpu(args) else floor
     with tempfile.TemporaryDirectory() as folder:
-        seen = watch_stage(args, cap_bytes, Path(folder))
+        products = (str(args.path), *(str(floor[name]) for name in ("image_tokens", "text_tokens", "dtype")))
+        seen = watch_stage(args, cap_bytes, Path(folder), products if args.between and is_cpu(args) else ())
     after = floor_of(args, "--products") if is_cpu(args) else floor
-    products_s = [before["compute_s"], after["compute_s"]]
-    found = row(args, cap_bytes, seen, floor | {"compute_s": mean(products_s)}) | {"products_s": products_s}
+    products_s, best_s = ([run[name] for run in (before, after)] for name in ("compute_s", "quiet_compute_s"))
+    floor = floor | {"compute_s": mean(products_s), "quiet_compute_s": min(best_s)}
+    found = row(args, cap_bytes, seen, floor) | {"products_s": products_s, "quiet_products_s": best_s}
     print(f"cap {cap_bytes / GB:g} GB: {found}", file=sys.stderr)
     return found
 
@@ -330,6 +363,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=[], metavar="diffusers")
     parser.add_argument("--sd-cli", metavar="PATH", help="stable-diffusion.cpp's program, a peer on a CPU")
+    parser.add_argument(
+        "--between", action="store_true", help="on a CPU, make a product after each block, to compare with the blocks"
+    )
     parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each run")
     return parser.parse_args()
 

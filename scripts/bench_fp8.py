@@ -70,21 +70,18 @@ def compare_codes(float8: torch.dtype, dtype: torch.dtype, device: torch.device)
 
 def best_s(work: Callable[[], object], device: torch.device, times: int = TIMES) -> float:
     """Seconds that `work` takes at best: CPU seconds of this process on a CPU, else wall seconds to the last kernel."""
-    return min(all_s(work, device, times))
-
-
-def all_s(work: Callable[[], object], device: torch.device, times: int) -> list[float]:
-    """Seconds of each of several times, counted as `best_s` does, after one that does not count."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
     work()
-    taken: list[float] = []
-    for _ in range(times):
-        _wait(device)
-        started = clock()
-        work()
-        _wait(device)
-        taken.append(clock() - started)
-    return taken
+    return min(once_s(work, device) for _ in range(times))
+
+
+def once_s(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes this time, counted as `best_s` does."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    _wait(device)
+    started_s = clock()
+    work()
+    _wait(device)
+    return clock() - started_s
 
 
 def _wait(device: torch.device) -> None:

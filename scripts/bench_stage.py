@@ -1,8 +1,10 @@
 """Runs a stage as the product does, the card's allocator capped; notes its peaks, and at each step what was moved.
 
     python scripts/bench_stage.py STAGE REPORT CAP_BYTES        # 0 for no cap
+    python scripts/bench_stage.py STAGE REPORT CAP_BYTES WEIGHTS IMAGE_TOKENS TEXT_TOKENS DTYPE
 
-The job and the events go the usual way. REPORT becomes a JSON file.
+The job and the events go the usual way. REPORT becomes a JSON file. With WEIGHTS, and on a CPU alone, one of a step's
+matrix products is made after each block, in turns, to be compared with the blocks beside it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
-from fluxsplit import reader, stages
+import bench_floor
+from bench_fp8 import once_s
+from fluxsplit import checkpoint, reader, stages
+from fluxsplit.device import DTYPE_NAMES
 from fluxsplit.events import Events
+from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.reader import Filling, Reader
 from fluxsplit.streaming import Streaming
 
@@ -31,9 +38,11 @@ def main() -> int:
     if cap_bytes and torch.cuda.is_available():
         total_bytes = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total_bytes))
-    report_on_the_way(report, moved := Moved(), host := Host())
+    blocks = Blocks(Between(*sys.argv[4:8]) if sys.argv[4:] else None)
+    report_on_the_way(report, moved := Moved(), host := Host(), blocks)
     moved.count()
     host.watch()
+    blocks.watch()
     sys.argv = ["stages", stage]
     return stages.main()
 
@@ -98,7 +107,66 @@ class Host:
         reader._copy = counted
 
 
-def report_on_the_way(report: Path, moved: Moved, host: Host) -> None:
+class Between:
+    """The matrix products of a step, of which one is made and timed when it is asked for, in turns."""
+
+    def __init__(self, weights: str, image_tokens: str, text_tokens: str, dtype: str) -> None:
+        part, cpu = checkpoint.part(Path(weights), "transformer"), torch.device("cpu")
+        by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+        self._work = bench_floor.work(part, int(image_tokens), int(text_tokens), by_name[dtype], cpu)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what was made so far, as beside a first step, which is cold."""
+        self._taken_s: list[list[float]] = [[] for _ in self._work]
+        self._made = 0
+
+    @property
+    def compute_s(self) -> float:
+        """CPU seconds of all products of a step by the mean of each; 0 before every one was made."""
+        if self._made < len(self._work):
+            return 0.0
+        return sum(count * mean(taken_s) for (count, _), taken_s in zip(self._work, self._taken_s, strict=True))
+
+    def make_one(self) -> None:
+        """The next one."""
+        number = self._made % len(self._work)
+        self._taken_s[number].append(once_s(self._work[number][1], torch.device("cpu")))
+        self._made += 1
+
+
+class Blocks:
+    """How long a CPU took for each block since it was last asked; nothing on a card, which computes behind the host."""
+
+    def __init__(self, between: Between | None = None) -> None:
+        self.between = between
+        self._taken_s: list[tuple[float, float]] = []
+
+    def end_step(self, is_first: bool) -> dict[str, Any]:
+        """What is told of a step: seconds by the clock and of all threads for each block, and of products so far."""
+        told = {"blocks_s": self._taken_s, "between_s": self.between.compute_s if self.between else 0.0}
+        self._taken_s = []
+        if is_first and self.between:
+            self.between.begin_anew()
+        return told
+
+    def watch(self) -> None:
+        """From now on look at both clocks before and after every block."""
+        brought_in = ReadAhead.brought_in
+
+        @contextlib.contextmanager
+        def watched(ahead: ReadAhead, number: int) -> Iterator[None]:
+            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            with brought_in(ahead, number):
+                yield
+            self._taken_s.append((time.perf_counter() - wall_s, time.process_time() - cpu_s))
+            if self.between is not None:
+                self.between.make_one()
+
+        ReadAhead.brought_in = watched  # type: ignore[method-assign, assignment]
+
+
+def report_on_the_way(report: Path, moved: Moved, host: Host, blocks: Blocks) -> None:
     """Write REPORT ahead of the event that ends the stage: whoever reads that closes stdin, and the process ends."""
     send = Events.send
 
@@ -107,6 +175,7 @@ def report_on_the_way(report: Path, moved: Moved, host: Host) -> None:
             report.write_text(json.dumps(peaks()))
         if event == "step":
             fields |= {"moved_bytes": moved.bytes, "pinned_bytes": moved.pinned_bytes, "host": asdict(host)}
+            fields |= blocks.end_step(fields["step"] <= fields["together"])
         send(self, event, **fields)
 
     Events.send = telling  # type: ignore[method-assign]

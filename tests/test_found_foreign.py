@@ -212,15 +212,23 @@ def test_broken_files_in_bulk(tmp_path: Path) -> None:
     assert fuzz(tmp_path, 200_000, 2) == 200_000
 
 
+CONDITIONED_BY = {
+    "ControlNetApplyAdvanced": "positive",
+    "ConditioningCombine": "conditioning_1",
+    "ConditioningConcat": "conditioning_to",
+    "ConditioningAverage": "conditioning_to",
+}
+
+
 def patched(**nodes: dict[str, object]) -> str:
-    """The KSampler's graph with nodes between the loader and the sampler, in turn, and ControlNet if it is named."""
+    """The KSampler's graph with nodes between the loader, or else the text, and the sampler, in turn."""
     graph = json.loads(json.dumps(KSAMPLER))
     graph["3"]["inputs"]["denoise"] = 1.0
     before, text = "4", "6"
     for name, inputs in nodes.items():
         kind = name.replace("_", " ")
-        if "Control" in kind:
-            graph[name] = {"class_type": kind, "inputs": inputs | {"positive": [text, 0]}}
+        if kind in CONDITIONED_BY:
+            graph[name] = {"class_type": kind, "inputs": inputs | {CONDITIONED_BY[kind]: [text, 0]}}
             graph["3"]["inputs"]["positive"] = [name, 0]
         else:
             graph[name] = {"class_type": kind, "inputs": inputs | {"model": [before, 0]}}
@@ -259,6 +267,14 @@ def patched(**nodes: dict[str, object]) -> str:
         (
             {"ControlNetApplyAdvanced": {"strength": 0.6, "control_net": ["80", 0]}},
             ("the graph uses ControlNetApplyAdvanced, which fluxsplit does not",),
+        ),
+        (
+            {"ConditioningCombine": {"conditioning_2": ["7", 0]}},
+            ("the graph uses ConditioningCombine, which fluxsplit does not",),
+        ),
+        (
+            {"ConditioningAverage": {"conditioning_from": ["7", 0], "conditioning_to_strength": 0.4}},
+            ("the graph uses ConditioningAverage, which fluxsplit does not",),
         ),
     ],
 )
@@ -316,6 +332,8 @@ def test_no_name_in_a_graph_becomes_a_command(tmp_path: Path, end: str) -> None:
         {"LoraLoader": {"lora_name": "a.safetensors", "strength_model": "0"}},
         {"CR_Load_LoRA": {"switch": "Off", "lora_name": "a.safetensors", "strength_model": 1}},
         {"ControlNetApplyAdvanced": {"strength": 0}},
+        {"ConditioningConcat": {}},
+        {"ConditioningAverage": {"conditioning_from": ["7", 0], "conditioning_to_strength": 1.0}},
     ],
 )
 def test_what_does_nothing_is_not_told(nodes: dict[str, dict[str, object]]) -> None:

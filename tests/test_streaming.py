@@ -19,11 +19,11 @@ import torch
 from simulated_card import Card
 from small_flux import image, sample, write_conditioning, write_flux
 
-from fluxsplit import background_reads, checkpoint, pinned, reader
+from fluxsplit import background_reads, checkpoint, pinned, reader, weights
 from fluxsplit import streaming as streaming_room
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.read_ahead import ReadAhead, spans
+from fluxsplit.read_ahead import ReadAhead, spans, with_surroundings
 from fluxsplit.reader import Run
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming, attach, layout
@@ -356,15 +356,53 @@ def test_bytes_are_brought_into_ram_and_given_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that is asked")
-def test_a_file_is_to_be_mapped_in_large_pages(path: Path) -> None:
+@pytest.mark.parametrize("kernel", [(5, 15), (5, 18), (6, 8)])
+def test_a_file_is_to_be_mapped_in_large_pages(
+    path: Path, kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And said to be read at random while a part of it is, no longer, if the kernel does not read single pages then."""
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("a kernel without large pages")
-    opened = WeightFile(str(path))
+    opened, during = WeightFile(str(path)), list[list[str]]()
+    populate = weights._madvise
+
+    def watching(address: int, count: int, advice: int) -> int:
+        if advice == weights.MADV_POPULATE_READ:
+            during.extend(flags_of(path))
+        return populate(address, count, advice)
+
+    monkeypatch.setattr(weights, "_kernel", lambda: kernel)
+    monkeypatch.setattr(weights, "_madvise", watching)
     opened.map_pages(0, 1)
-    maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
-    flags = [after.split("\n")[0].split() for before, after in pairwise(maps) if str(path) in before]
-    assert flags and all("hg" in some for some in flags)
+    assert during and all("hg" in flags for flags in during)
+    assert any("rr" in flags for flags in during) == (kernel >= (5, 18))
+    assert all("hg" in flags and "rr" not in flags for flags in flags_of(path))
     assert opened.bytes_at(0, 8).tolist() == list(path.read_bytes()[:8])
+
+
+def flags_of(path: Path) -> list[list[str]]:
+    """What Linux was told of each piece of this process's memory that is a map of the file."""
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    found = [after.split("\n")[0].split() for before, after in pairwise(maps) if str(path) in before]
+    assert found
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
+def test_what_lies_behind_is_not_brought_into_ram(tmp_path: Path) -> None:
+    path = tmp_path / "bytes"
+    with path.open("wb") as file:
+        file.write(random.Random(0).randbytes(48 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    opened = WeightFile(str(path))
+    if is_in_ram(opened, 0, 4096) or not opened._has_large_pages or weights._kernel() < weights.LARGE_AT_RANDOM:
+        pytest.skip("this file system keeps its pages, or the kernel reads ahead")
+    opened.map_pages(5 << 20, 20 << 20)
+    assert is_in_ram(opened, 5 << 20, 20 << 20)
+    for page in range(22 << 20, 48 << 20, mmap.PAGESIZE):
+        assert not is_in_ram(opened, page, page + 1), page
 
 
 def test_in_fp16_text_and_image_stay_views_of_one_tensor(path: Path, text: Conditioning) -> None:
@@ -450,6 +488,48 @@ def test_spans_of_a_block_are_joined_where_they_touch(path: Path) -> None:
     single = spans(layout(flux.blocks[3]))
     assert len(single) < len(layout(flux.blocks[3]).places)
     assert sum(stop - start for _, start, stop in single) == sum(p.span.bytes for p in layout(flux.blocks[3]).places)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "wanted"),
+    [
+        ([("a", 100, 150)], [("a", 90, 180)]),  # up to its neighbours
+        ([("a", 190, 200)], [("a", 190, 200)]),  # which touch it
+        ([("a", 100, 120), ("a", 130, 150)], [("a", 90, 180)]),  # and what is between them
+        ([("b", 2**26, 2**26 + 9)], [("b", 2**25, 2**26 + 9 + 2**25)]),  # no further than the kernel reads
+        ([("b", 10, 20)], [("b", 0, 20 + 2**25)]),
+        ([("b", 10, 20), ("a", 100, 150)], [("a", 90, 180), ("b", 0, 20 + 2**25)]),
+    ],
+)
+def test_with_a_block_goes_what_lies_round_it(
+    ranges: list[tuple[str, int, int]], wanted: list[tuple[str, int, int]]
+) -> None:
+    others = [("a", 50, 90), ("a", 200, 300), ("a", 180, 190), ("c", 95, 110)]
+    assert with_surroundings(ranges, [*ranges, *others]) == wanted
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_nothing_that_a_step_needs_goes_with_a_block(
+    path: Path, text: Conditioning, kept: bool, loaders: list[Streaming | ReadAhead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other block, and nothing of what is kept; what else lies round it does."""
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(WeightFile, "give_back", lambda self, start, stop: given.append((start, stop)))
+    flux, files = load(path)
+    inside = [range_ for block in flux.blocks for range_ in spans(layout(block))]
+    of_blocks = {id(child) for block in flux.blocks for child in block.modules()}
+    others = [c for c in flux.module.modules() if isinstance(c, StoredLinear) and id(c) not in of_blocks]
+    outside = [linear.span for linear in others if linear.span]
+    loader = ReadAhead(flux.blocks, files, frozenset({1}), lambda count: None, kept=outside if kept else ())
+    loaders.append(loader)
+    flux.loader = loader
+    flux.velocities(forwards(text))
+    own = spans(layout(flux.blocks[1]))
+    stays = [whole[1:] for whole in inside if whole not in own]
+    stays += [(span.start, span.stop) for span in outside if kept]
+    assert all(any(a <= start and stop <= b for a, b in given) for _, start, stop in own)
+    assert not any(a < stop and start < b for a, b in given for start, stop in stays)
+    assert sum(b - a for a, b in given) > sum(stop - start for _, start, stop in own)
 
 
 @pytest.mark.parametrize("as_mapped", [False, True])
