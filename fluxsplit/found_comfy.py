@@ -66,6 +66,7 @@ _WIDGETS: dict[str, tuple[str, ...]] = {
     "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
     "LoraLoaderModelOnly": ("lora_name", "strength_model"),
     "ControlNetApplyAdvanced": ("strength", "start_percent", "end_percent"),
+    "ConditioningAverage": ("conditioning_to_strength",),
 }
 _PATCHES = ("ipadapter", "pulid", "freeu", "teacache")
 """In the kind, in lower case, of nodes between a model and its sampler that change what it draws, besides LoRAs."""
@@ -269,7 +270,7 @@ def _unlike_ours(walk: _Walk, positive: Node, *models: Node) -> Iterator[str]:
                 others[_kind(node)[:80]] = None
     for node in walk.back(positive, _CONDITIONINGS):
         steers = any(part in _kind(node).lower() for part in _STEERING)
-        mixes = any(walk.linked(node, name) for name in _SECOND_TEXTS)
+        mixes = bool(_kind(node)) and any(walk.linked(node, name) for name in _SECOND_TEXTS)  # not where bypassed
         first_alone = as_number(walk.value(node, "conditioning_to_strength")) == 1
         if (steers and as_number(walk.value(node, "strength")) != 0) or (mixes and not first_alone):
             others[_kind(node)[:80]] = None

@@ -5,9 +5,9 @@ thread has the kernel read the next blocks instead and maps their pages, so that
 Where the plan says that not all blocks fit into RAM, the pages of those that do not are given back after use: the
 kernel would otherwise throw out the least recently used ones, which in a cycle are the very next ones needed.
 
-With them goes what lies round them and is no part of a step, modulations and biases. The kernel reads further than it
-is asked to, and forgets a large page only whole: a block would leave some 20 MB behind at its ends, all of them
-together a gigabyte that the plan knows nothing of, for which the kernel would throw out the blocks that should stay.
+With them goes what lies round them and is no part of a step, modulations and biases: the kernel forgets a large page
+only whole, and an older one reads further than it is asked to. Otherwise each block left up to 28 MB behind, all of
+them a gigabyte that the plan knows nothing of, for which the kernel threw out blocks that should have stayed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fluxsplit.streaming import Layout, OnRead, layout
 from fluxsplit.weights import Span, WeightFiles
 
 READ_TOO_FAR_BYTES = 32 << 20
-"""The kernel reads no further than this behind what it is asked for: twice a disk's readahead of 8 MB, and a page."""
+"""A kernel that reads further than it is asked to went on for 28 MB at most, with a disk's readahead of 8 MB."""
 Range = tuple[str, int, int]
 """A path, where in the file it begins, and where it ends."""
 
@@ -94,7 +94,7 @@ class ReadAhead:
             while (number := self._wanted.get()) is not None:
                 ranges = self._ranges[number]
                 for path, start, stop in ranges:
-                    self._files.open(path).map_pages(start, stop)
+                    self._files.open(path).map_pages(start, stop, alone=number in self._streamed)
                 self._on_read(sum(stop - start for _, start, stop in ranges))
         except BaseException as error:  # told to the computation, which looks before each block
             self._failure = error
@@ -106,7 +106,7 @@ def spans(layout: Layout) -> list[Range]:
 
 
 def with_surroundings(ranges: Sequence[Range], needed: Sequence[Range]) -> list[Range]:
-    """The ranges, and what lies round them up to what of `needed`, with them among it, comes next: at most 32 MiB."""
+    """The ranges, each widened to the nearest of `needed` on either side, at most 32 MiB each way."""
     found = []
     for path, start, stop in ranges:
         before = [its_stop for its_path, _, its_stop in needed if its_path == path and its_stop <= start]

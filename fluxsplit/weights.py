@@ -40,8 +40,8 @@ _DTYPES = {
 MADV_POPULATE_READ = 22
 POPULATE_BYTES = 16 << 20
 LARGE_PAGE_BYTES = 2 << 20
-LARGE_AT_RANDOM = (5, 18)
-"""The first Linux that reads large pages where memory is said to be read at random; before, it read single ones."""
+LARGE_AT_RANDOM = (5, 19)
+"""The first Linux that is sure to read large pages where memory is said to be read at random, and not single ones."""
 _CHANGED_HINT = "leave weight files alone while they are used, and run again"
 
 
@@ -119,15 +119,16 @@ class WeightFile:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._map, dtype=torch.uint8, count=stop - start, offset=start)
 
-    def map_pages(self, start: int, stop: int) -> None:
+    def map_pages(self, start: int, stop: int, *, alone: bool = False) -> None:
         """Read these bytes and map their pages (Linux 5.14); does nothing where the kernel cannot. Lets others run.
 
+        With `alone` what lies behind them is not wanted, and not read ahead where the kernel can be told so.
         To ask for them ahead first (WILLNEED) makes it slower: the kernel answers in single pages, where faults in
         order bring in many at once.
         """
         if sys.platform != "linux":
             return
-        with self._no_further(start, stop):
+        with self._no_further(start, stop) if alone else contextlib.nullcontext():
             for at in range(start - start % mmap.PAGESIZE, stop, POPULATE_BYTES):
                 if _madvise(self._address() + at, min(POPULATE_BYTES, stop - at), MADV_POPULATE_READ):
                     return
@@ -136,12 +137,12 @@ class WeightFile:
     def _no_further(self, start: int, stop: int) -> Iterator[None]:
         """Have faults in here read a large page each and nothing behind it, as those of memory read at random do.
 
-        Read ahead otherwise are up to 28 MB behind each range of a block, in the middle of what is not wanted. For no
-        longer than this: the pages of what is always read at random are the first that Linux forgets.
+        Up to 28 MB behind each range of a block were read otherwise. For no longer than this: the pages of what is
+        always read at random are the first that Linux forgets.
         """
         first = start - start % LARGE_PAGE_BYTES
         count = min(-(-stop // LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES, len(self._map)) - first
-        reads_large_pages = self._has_large_pages and _kernel() >= LARGE_AT_RANDOM
+        reads_large_pages = self._has_large_pages and reads_large_pages_at_random()
         if reads_large_pages:
             _madvise(self._address() + first, count, mmap.MADV_RANDOM)
         try:
@@ -166,9 +167,17 @@ class WeightFile:
 
 
 @functools.cache
-def _kernel() -> tuple[int, ...]:
-    """Linux's version, as far as it has one."""
-    return tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+def reads_large_pages_at_random() -> bool:
+    """Whether this Linux does, where memory is to be in large pages and said to be read at random; else single ones.
+
+    It does where large pages are of 2 MB, as on x86 (`do_sync_mmap_readahead` in mm/filemap.c).
+    """
+    try:
+        large = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text().strip()
+    except OSError:
+        return False
+    version = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+    return large == str(LARGE_PAGE_BYTES) and version >= LARGE_AT_RANDOM
 
 
 @functools.cache

@@ -13,8 +13,8 @@ allocator is capped (`set_per_process_memory_fraction`) and `--vram` is the same
 alone. The floor, max(compute, transfer), is measured in the same run with as many threads: the step's matrix products
 without anything round them, the file read raw, and pinned memory copied to the card. On a CPU all seconds that are
 compared are CPU seconds, since wall seconds of a shared machine say nothing; the products are measured before and after
-each run there, and their mean counts, as a machine may be a tenth slower a minute later. Linux only. The last line is
-JSON.
+each run there, and their mean counts, as a machine may be a tenth slower a minute later. `quiet` and, with `--between`,
+`beside` take steps apart, for a machine that others use. Linux only. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -167,6 +167,9 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         return {**found, "error": seen.error or "the stage told of fewer than two steps"}
     pairs = list(zip(seen.steps, seen.steps[1:], strict=False))
     warm = pairs[1:]
+    if seen.between_s:  # which memory and steps contain
+        del found["peak_anonymous_bytes"]
+        return found | {"disk_bytes_per_step": _disk_bytes(warm)} | by_block(args, seen, floor)
     wall_s = median(after.wall_s - before.wall_s for before, after in warm)
     cpu_s = median(after.cpu_s - before.cpu_s for before, after in warm)
     step_s = cpu_s if is_cpu(args) else wall_s
@@ -177,7 +180,7 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         "steps_s": [round(after.wall_s - before.wall_s, 3) for before, after in warm],
         "step_cpu_s": round(cpu_s, 2),
         "step_system_s": round(median(after.system_s - before.system_s for before, after in warm), 2),
-        "disk_bytes_per_step": round(median(after.disk_bytes - before.disk_bytes for before, after in warm)),
+        "disk_bytes_per_step": _disk_bytes(warm),
         "pinned_bytes": seen.pinned_bytes,
         "read_bytes_per_pass": round(median(b - a for a, b in pairwise(seen.moved_bytes))),
         "moved_bytes_per_s": round(moved_bytes / step_s),
@@ -190,13 +193,17 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
     }
 
 
+def _disk_bytes(warm: Sequence[tuple[Usage, Usage]]) -> int:
+    return round(median(after.disk_bytes - before.disk_bytes for before, after in warm))
+
+
 def by_block(args: argparse.Namespace, seen: Watched, floor: dict[str, Any]) -> dict[str, float]:
     """Steps taken apart, on a CPU that others share: they slow it down for seconds at a time, and no step is without.
 
     `quiet` is a step made of what each block took at its best in any warm one, against the best of each product: of a
-    single block there is nearly always one that went undisturbed. `beside` is the mean of blocks against that of
-    products made between them (`--between`), which met the same. Both leave out the little that is between blocks.
-    Nothing for a card, nor for several pictures, which take blocks in turns.
+    single block there is nearly always one that went undisturbed, with one thread, and enough steps. `beside` is the
+    mean of blocks against that of products made between them (`--between`), which met the same. In neither is the
+    little that steps do between blocks. Nothing for a card, nor for several pictures, which take blocks in turns.
     """
     if not is_cpu(args) or args.pictures > 1:
         return {}
@@ -364,7 +371,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=lambda text: text.split(","), default=[], metavar="diffusers")
     parser.add_argument("--sd-cli", metavar="PATH", help="stable-diffusion.cpp's program, a peer on a CPU")
     parser.add_argument(
-        "--between", action="store_true", help="on a CPU, make a product after each block, to compare with the blocks"
+        "--between",
+        action="store_true",
+        help="on a CPU, make a product after each block, to compare with the blocks and nothing else; 7 steps or more",
     )
     parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each run")
     return parser.parse_args()

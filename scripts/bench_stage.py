@@ -13,8 +13,9 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -128,11 +129,14 @@ class Between:
             return 0.0
         return sum(count * mean(taken_s) for (count, _), taken_s in zip(self._work, self._taken_s, strict=True))
 
-    def make_one(self) -> None:
-        """The next one."""
-        number = self._made % len(self._work)
-        self._taken_s[number].append(once_s(self._work[number][1], torch.device("cpu")))
+    def make_one(self, reader_s: Callable[[], float]) -> float:
+        """The next one; returns the CPU seconds of a thread that read meanwhile, which are none of the product's."""
+        number, before_s = self._made % len(self._work), reader_s()
+        taken_s = once_s(self._work[number][1], torch.device("cpu"))
+        read_s = reader_s() - before_s
+        self._taken_s[number].append(taken_s - read_s)
         self._made += 1
+        return read_s
 
 
 class Blocks:
@@ -159,11 +163,18 @@ class Blocks:
             wall_s, cpu_s = time.perf_counter(), time.process_time()
             with brought_in(ahead, number):
                 yield
-            self._taken_s.append((time.perf_counter() - wall_s, time.process_time() - cpu_s))
+            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
             if self.between is not None:
-                self.between.make_one()
+                cpu_s += self.between.make_one(lambda: _thread_s(ahead._thread))
+            self._taken_s.append((wall_s, cpu_s))
 
         ReadAhead.brought_in = watched  # type: ignore[method-assign, assignment]
+
+
+def _thread_s(thread: threading.Thread) -> float:
+    """CPU seconds of a thread so far."""
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def report_on_the_way(report: Path, moved: Moved, host: Host, blocks: Blocks) -> None:

@@ -70,6 +70,11 @@ def test_products_are_made_between_blocks_in_turns(tmp_path: Path, monkeypatch: 
     flux = Flux(checkpoint.part(path, "transformer"), files := WeightFiles(), torch.float32, torch.device("cpu"))
     monkeypatch.setattr(ReadAhead, "brought_in", ReadAhead.brought_in)  # put back afterwards
     between = Between(str(path), "16", "8", "fp32")
+    assert between.make_one(lambda: 0.0) == 0
+    read_s = iter((1.0, 1.5))
+    assert between.make_one(lambda: next(read_s)) == 0.5
+    assert between._taken_s[0][0] > 0 > between._taken_s[1][0] + 0.4, "what was read meanwhile is none of a product"
+    between.begin_anew()
     blocks, products = Blocks(between), len(between._work)
     blocks.watch()
     loader = ReadAhead(flux.blocks, files, frozenset(), lambda count: None)

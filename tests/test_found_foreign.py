@@ -297,6 +297,26 @@ def test_a_lora_of_the_pages_graph_alone_is_told() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("mode", "values", "warnings"),
+    [
+        (0, [0.4], ("the graph uses ConditioningAverage, which fluxsplit does not",)),
+        (0, [1.0], ()),
+        (4, [0.4], ()),  # bypassed
+    ],
+)
+def test_a_second_text_of_the_pages_graph_is_told(mode: int, values: list[float], warnings: tuple[str, ...]) -> None:
+    graph = json.loads(json.dumps(GUI))
+    slot = next(slot for slot in graph["nodes"][2]["inputs"] if slot["name"] == "positive")
+    inputs = [{"name": "conditioning_to", "link": slot["link"]}, {"name": "conditioning_from", "link": slot["link"]}]
+    average = {"id": 71, "type": "ConditioningAverage", "mode": mode, "inputs": inputs, "widgets_values": values}
+    graph["nodes"].append(average)
+    slot["link"] = 71
+    graph["links"].append([71, 71, 0, 3, 1, "CONDITIONING"])
+    found = read_comfy("", json.dumps(graph))
+    assert found.warnings == warnings and found.prompt
+
+
 def test_a_picture_drawn_from_another_one_says_so(tmp_path: Path) -> None:
     """In what is told of it, and above the command that cannot repeat it, which names the model."""
     png(tmp_path / "x.png", {"prompt": json.dumps(KSAMPLER)})

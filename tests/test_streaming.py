@@ -356,11 +356,12 @@ def test_bytes_are_brought_into_ram_and_given_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that is asked")
-@pytest.mark.parametrize("kernel", [(5, 15), (5, 18), (6, 8)])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("reads_large", [False, True])
 def test_a_file_is_to_be_mapped_in_large_pages(
-    path: Path, kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    path: Path, reads_large: bool, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And said to be read at random while a part of it is, no longer, if the kernel does not read single pages then."""
+    """And said to be read at random while a part of it is read alone, unless the kernel reads single pages then."""
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("a kernel without large pages")
     opened, during = WeightFile(str(path)), list[list[str]]()
@@ -371,11 +372,11 @@ def test_a_file_is_to_be_mapped_in_large_pages(
             during.extend(flags_of(path))
         return populate(address, count, advice)
 
-    monkeypatch.setattr(weights, "_kernel", lambda: kernel)
+    monkeypatch.setattr(weights, "reads_large_pages_at_random", lambda: reads_large)
     monkeypatch.setattr(weights, "_madvise", watching)
-    opened.map_pages(0, 1)
+    opened.map_pages(0, 1, alone=alone)
     assert during and all("hg" in flags for flags in during)
-    assert any("rr" in flags for flags in during) == (kernel >= (5, 18))
+    assert any("rr" in flags for flags in during) == (reads_large and alone)
     assert all("hg" in flags and "rr" not in flags for flags in flags_of(path))
     assert opened.bytes_at(0, 8).tolist() == list(path.read_bytes()[:8])
 
@@ -397,12 +398,36 @@ def test_what_lies_behind_is_not_brought_into_ram(tmp_path: Path) -> None:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     opened = WeightFile(str(path))
-    if is_in_ram(opened, 0, 4096) or not opened._has_large_pages or weights._kernel() < weights.LARGE_AT_RANDOM:
+    if is_in_ram(opened, 0, 4096) or not opened._has_large_pages or not weights.reads_large_pages_at_random():
         pytest.skip("this file system keeps its pages, or the kernel reads ahead")
-    opened.map_pages(5 << 20, 20 << 20)
-    assert is_in_ram(opened, 5 << 20, 20 << 20)
-    for page in range(22 << 20, 48 << 20, mmap.PAGESIZE):
+    opened.map_pages(4 << 20, 18 << 20, alone=True)  # in windows of 4 MB it would be read to 20, or further
+    assert is_in_ram(opened, 4 << 20, 18 << 20)
+    for page in range(18 << 20, 48 << 20, mmap.PAGESIZE):
         assert not is_in_ram(opened, page, page + 1), page
+
+
+@pytest.mark.parametrize(
+    ("release", "large", "reads"),
+    [
+        ("6.8.0-45-generic", "2097152\n", True),
+        ("5.19.0", "2097152", True),
+        ("5.15.153.1-microsoft-standard-WSL2", "2097152", False),
+        ("6.11.0-arm64-64k", "536870912", False),
+        ("6.8.0", None, False),
+        ("unknown", "2097152", False),
+    ],
+)
+def test_only_a_kernel_that_reads_large_pages_is_told_of_memory_read_at_random(
+    release: str, large: str | None, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path, *_: Any) -> str:
+        if large is None:
+            raise FileNotFoundError(str(path))
+        return large
+
+    monkeypatch.setattr("platform.release", lambda: release)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert weights.reads_large_pages_at_random.__wrapped__() is reads
 
 
 def test_in_fp16_text_and_image_stay_views_of_one_tensor(path: Path, text: Conditioning) -> None:
@@ -530,6 +555,29 @@ def test_nothing_that_a_step_needs_goes_with_a_block(
     assert all(any(a <= start and stop <= b for a, b in given) for _, start, stop in own)
     assert not any(a < stop and start < b for a, b in given for start, stop in stays)
     assert sum(b - a for a, b in given) > sum(stop - start for _, start, stop in own)
+
+
+def test_a_run_that_streams_drops_nothing_that_stays(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while modulations are computed nor in its steps; it does drop the block that streams, and modulations."""
+    given: list[tuple[int, int]] = []
+    give_back = WeightFile.give_back
+
+    def watching(self: WeightFile, start: int, stop: int) -> None:
+        given.append((start, stop))
+        give_back(self, start, stop)
+
+    monkeypatch.setattr(WeightFile, "give_back", watching)
+    one = image(write_conditioning(tmp_path / "text", 0), 0, (64, 64), steps=2)
+    sample(path, [one], tmp_path / "out", plan={"resident": (0, 1, 3, 4), "streamed": (2,)})
+    flux, _ = load(path)
+    streams = {id(child) for child in flux.blocks[2].modules()}
+    for child in flux.module.modules():
+        if isinstance(child, StoredLinear) and child.span:
+            dropped = [(a, b) for a, b in given if a < child.span.stop and child.span.start < b]
+            assert bool(dropped) == (id(child) in streams), child.name
+    assert len({start for start, _ in given}) > len(spans(layout(flux.blocks[2])))
 
 
 @pytest.mark.parametrize("as_mapped", [False, True])
