@@ -16,6 +16,8 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 
 from torch import nn
 
@@ -26,8 +28,6 @@ from fluxsplit.weights import Span, WeightFiles
 
 READ_TOO_FAR_BYTES = 32 << 20
 """A kernel that reads further than it is asked to went on for 28 MB at most, with a disk's readahead of 8 MB."""
-Range = tuple[str, int, int]
-"""A path, where in the file it begins, and where it ends."""
 
 
 class ReadAhead:
@@ -49,9 +49,9 @@ class ReadAhead:
         pass.
         """
         self._files, self._streamed, self._on_read, self._once = files, streamed, on_read, once
-        self._ranges = [spans(layout(block)) for block in blocks]
-        needed = [*(whole for block in self._ranges for whole in block), *((s.path, s.start, s.stop) for s in kept)]
-        self._given_back = {number: with_surroundings(self._ranges[number], needed) for number in streamed}
+        self._spans = [spans(layout(block)) for block in blocks]
+        needed = [*chain.from_iterable(self._spans), *kept]
+        self._given_back = {number: with_surroundings(self._spans[number], needed) for number in streamed}
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._asked: set[int] = set()
         self._seen: set[int] = set()
@@ -67,15 +67,15 @@ class ReadAhead:
         """
         self._files.check_unchanged()
         for following in range(number, number + BLOCKS_AHEAD + 1):
-            if following < len(self._ranges) or not self._once:
-                self._ask(following % len(self._ranges))
+            if following < len(self._spans) or not self._once:
+                self._ask(following % len(self._spans))
         if self._failure is not None or not self._thread.is_alive():
             raise _ended(self._failure)
         yield
         self._asked.discard(number)
         if number in self._streamed:
-            for path, start, stop in self._given_back[number]:
-                self._files.open(path).give_back(start, stop)
+            for span in self._given_back[number]:
+                self._files.open(span.path).give_back(span.start, span.stop)
         else:
             self._seen.add(number)
 
@@ -92,39 +92,40 @@ class ReadAhead:
     def _read(self) -> None:
         try:
             while (number := self._wanted.get()) is not None:
-                ranges = self._ranges[number]
-                for path, start, stop in ranges:
-                    self._files.open(path).map_pages(start, stop, alone=number in self._streamed)
-                self._on_read(sum(stop - start for _, start, stop in ranges))
+                for span in self._spans[number]:
+                    self._files.open(span.path).map_pages(span.start, span.stop, alone=number in self._streamed)
+                self._on_read(sum(span.bytes for span in self._spans[number]))
         except BaseException as error:  # told to the computation, which looks before each block
             self._failure = error
 
 
-def spans(layout: Layout) -> list[Range]:
-    """The block's byte ranges, neighbours joined."""
-    return _joined((place.span.path, place.span.start, place.span.stop) for place in layout.places)
+def spans(layout: Layout) -> list[Span]:
+    """Where the block lies, neighbours joined."""
+    return _joined(place.span for place in layout.places)
 
 
-def with_surroundings(ranges: Sequence[Range], needed: Sequence[Range]) -> list[Range]:
-    """The ranges, each widened to the nearest of `needed` on either side, at most 32 MiB each way."""
+def with_surroundings(spans: Sequence[Span], needed: Sequence[Span]) -> list[Span]:
+    """The spans, each widened to the nearest of `needed` on either side, at most 32 MiB each way."""
     found = []
-    for path, start, stop in ranges:
-        before = [its_stop for its_path, _, its_stop in needed if its_path == path and its_stop <= start]
-        behind = [its_start for its_path, its_start, _ in needed if its_path == path and its_start >= stop]
-        first = max([0, start - READ_TOO_FAR_BYTES, *before])
-        last = min([stop + READ_TOO_FAR_BYTES, *behind])
-        found.append((path, first, last))
+    for span in spans:
+        others = [other for other in needed if other.path == span.path]
+        before = [other.stop for other in others if other.stop <= span.start]
+        behind = [other.start for other in others if other.start >= span.stop]
+        first = max([0, span.start - READ_TOO_FAR_BYTES, *before])
+        last = min([span.stop + READ_TOO_FAR_BYTES, *behind])
+        found.append(Span(span.path, first, last))
     return _joined(found)
 
 
-def _joined(ranges: Iterable[Range]) -> list[Range]:
+def _joined(spans: Iterable[Span]) -> list[Span]:
     """In the order of the file, those that touch or overlap as one."""
-    joined: list[Range] = []
-    for path, start, stop in sorted(ranges):
-        if joined and joined[-1][0] == path and joined[-1][2] >= start:
-            joined[-1] = (path, joined[-1][1], max(joined[-1][2], stop))
+    joined: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.path, span.start)):
+        last = joined[-1] if joined else None
+        if last is not None and last.path == span.path and last.stop >= span.start:
+            joined[-1] = replace(last, stop=max(last.stop, span.stop))
         else:
-            joined.append((path, start, stop))
+            joined.append(span)
     return joined
 
 

@@ -167,9 +167,10 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         return {**found, "error": seen.error or "the stage told of fewer than two steps"}
     pairs = list(zip(seen.steps, seen.steps[1:], strict=False))
     warm = pairs[1:]
-    if seen.between_s:  # which memory and steps contain
+    if args.between and is_cpu(args):  # memory and steps contain the products
         del found["peak_anonymous_bytes"]
-        return found | {"disk_bytes_per_step": _disk_bytes(warm)} | by_block(args, seen, floor)
+        too_few = {} if seen.between_s else {"error": "with so few steps not every product was made"}
+        return found | too_few | {"disk_bytes_per_step": _disk_bytes(warm)} | by_block(args, seen, floor)
     wall_s = median(after.wall_s - before.wall_s for before, after in warm)
     cpu_s = median(after.cpu_s - before.cpu_s for before, after in warm)
     step_s = cpu_s if is_cpu(args) else wall_s

@@ -74,8 +74,9 @@ def compute_s(found: list[tuple[int, Callable[[], object]]], device: torch.devic
     They take turns: where others slow a processor down for seconds at a time, each meets that as often as the next.
     """
     rounds = [[once_s(product, device) for _, product in found] for _ in range(TIMES)]
-    taken_s = list(zip((count for count, _ in found), zip(*rounds, strict=True), strict=True))
-    return sum(count * median(times_s) for count, times_s in taken_s), sum(n * min(times_s) for n, times_s in taken_s)
+    counts, taken_s = [count for count, _ in found], list(zip(*rounds, strict=True))
+    by_median, by_best = ([count * pick(s) for count, s in zip(counts, taken_s, strict=True)] for pick in (median, min))
+    return sum(by_median), sum(by_best)
 
 
 def _attention(part: Part, tokens: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

@@ -26,7 +26,7 @@ import torch
 import bench_floor
 from bench_fp8 import once_s
 from fluxsplit import checkpoint, reader, stages
-from fluxsplit.device import DTYPE_NAMES
+from fluxsplit.device import DTYPES
 from fluxsplit.events import Events
 from fluxsplit.read_ahead import ReadAhead
 from fluxsplit.reader import Filling, Reader
@@ -113,8 +113,7 @@ class Between:
 
     def __init__(self, weights: str, image_tokens: str, text_tokens: str, dtype: str) -> None:
         part, cpu = checkpoint.part(Path(weights), "transformer"), torch.device("cpu")
-        by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-        self._work = bench_floor.work(part, int(image_tokens), int(text_tokens), by_name[dtype], cpu)
+        self._work = bench_floor.work(part, int(image_tokens), int(text_tokens), DTYPES[dtype], cpu)
         self.begin_anew()
 
     def begin_anew(self) -> None:

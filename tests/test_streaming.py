@@ -104,6 +104,19 @@ def is_in_ram(file: WeightFile, start: int, stop: int) -> bool:
     return b"\0" not in pages.raw
 
 
+def not_in_ram(path: Path, count: int) -> WeightFile:
+    """A file of so many bytes, of which the kernel has none in the page cache; skips where it keeps them."""
+    with path.open("wb") as file:
+        file.write(random.Random(0).randbytes(count))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    opened = WeightFile(str(path))
+    if is_in_ram(opened, 0, count):
+        pytest.skip("this file system keeps its pages")
+    return opened
+
+
 def block_bytes(flux: Flux) -> int:
     return sum(place.span.bytes for block in flux.blocks for place in layout(block).places)
 
@@ -340,15 +353,7 @@ def test_what_does_not_stay_in_ram_is_read_in_every_pass_and_given_back(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
 def test_bytes_are_brought_into_ram_and_given_back(tmp_path: Path) -> None:
-    path = tmp_path / "bytes"
-    with path.open("wb") as file:
-        file.write(random.Random(0).randbytes(20 << 20))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    opened, within = WeightFile(str(path)), (5000, (20 << 20) - 3)
-    if is_in_ram(opened, *within):
-        pytest.skip("this file system keeps its pages")
+    opened, within = not_in_ram(tmp_path / "bytes", 20 << 20), (5000, (20 << 20) - 3)
     opened.map_pages(*within)
     assert is_in_ram(opened, *within)
     opened.give_back(*within)
@@ -391,15 +396,9 @@ def flags_of(path: Path) -> list[list[str]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
 def test_what_lies_behind_is_not_brought_into_ram(tmp_path: Path) -> None:
-    path = tmp_path / "bytes"
-    with path.open("wb") as file:
-        file.write(random.Random(0).randbytes(48 << 20))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    opened = WeightFile(str(path))
-    if is_in_ram(opened, 0, 4096) or not opened._has_large_pages or not weights.reads_large_pages_at_random():
-        pytest.skip("this file system keeps its pages, or the kernel reads ahead")
+    opened = not_in_ram(tmp_path / "bytes", 48 << 20)
+    if not opened._has_large_pages or not weights.reads_large_pages_at_random():
+        pytest.skip("this kernel reads ahead")
     opened.map_pages(4 << 20, 18 << 20, alone=True)  # in windows of 4 MB it would be read to 20, or further
     assert is_in_ram(opened, 4 << 20, 18 << 20)
     for page in range(18 << 20, 48 << 20, mmap.PAGESIZE):
@@ -512,7 +511,7 @@ def test_spans_of_a_block_are_joined_where_they_touch(path: Path) -> None:
     flux, _ = load(path)
     single = spans(layout(flux.blocks[3]))
     assert len(single) < len(layout(flux.blocks[3]).places)
-    assert sum(stop - start for _, start, stop in single) == sum(p.span.bytes for p in layout(flux.blocks[3]).places)
+    assert sum(span.bytes for span in single) == sum(p.span.bytes for p in layout(flux.blocks[3]).places)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +529,8 @@ def test_with_a_block_goes_what_lies_round_it(
     ranges: list[tuple[str, int, int]], wanted: list[tuple[str, int, int]]
 ) -> None:
     others = [("a", 50, 90), ("a", 200, 300), ("a", 180, 190), ("c", 95, 110)]
-    assert with_surroundings(ranges, [*ranges, *others]) == wanted
+    own = [Span(*span) for span in ranges]
+    assert with_surroundings(own, [*own, *(Span(*other) for other in others)]) == [Span(*span) for span in wanted]
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -541,7 +541,7 @@ def test_nothing_that_a_step_needs_goes_with_a_block(
     given: list[tuple[int, int]] = []
     monkeypatch.setattr(WeightFile, "give_back", lambda self, start, stop: given.append((start, stop)))
     flux, files = load(path)
-    inside = [range_ for block in flux.blocks for range_ in spans(layout(block))]
+    inside = [span for block in flux.blocks for span in spans(layout(block))]
     of_blocks = {id(child) for block in flux.blocks for child in block.modules()}
     others = [c for c in flux.module.modules() if isinstance(c, StoredLinear) and id(c) not in of_blocks]
     outside = [linear.span for linear in others if linear.span]
@@ -550,11 +550,10 @@ def test_nothing_that_a_step_needs_goes_with_a_block(
     flux.loader = loader
     flux.velocities(forwards(text))
     own = spans(layout(flux.blocks[1]))
-    stays = [whole[1:] for whole in inside if whole not in own]
-    stays += [(span.start, span.stop) for span in outside if kept]
-    assert all(any(a <= start and stop <= b for a, b in given) for _, start, stop in own)
-    assert not any(a < stop and start < b for a, b in given for start, stop in stays)
-    assert sum(b - a for a, b in given) > sum(stop - start for _, start, stop in own)
+    stays = [*(span for span in inside if span not in own), *(outside if kept else ())]
+    assert all(any(a <= span.start and span.stop <= b for a, b in given) for span in own)
+    assert not any(a < span.stop and span.start < b for a, b in given for span in stays)
+    assert sum(b - a for a, b in given) > sum(span.bytes for span in own)
 
 
 def test_a_run_that_streams_drops_nothing_that_stays(
