@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fluxsplit.gelu import gelu_
 from fluxsplit.stored_layers import StoredLinear
 
 FP16_LIMIT = 65504
@@ -49,7 +50,7 @@ def through_single(block: Any, states: torch.Tensor, temb: torch.Tensor, rope: t
     hidden = both[..., width:]
     cast(StoredLinear, block.proj_mlp).into(given, hidden)
     del given
-    _gelu_(hidden)
+    gelu_(hidden)
     _add(states, block.proj_out(both), gate)
 
 
@@ -60,7 +61,7 @@ def _mlp(
     given = norm(states).mul_(1 + scale[:, None]).add_(shift[:, None])
     hidden = feed.net[0].proj(given)
     del given
-    _add(states, feed.net[2](_gelu_(hidden)), gate)
+    _add(states, feed.net[2](gelu_(hidden)), gate)
 
 
 def _add(states: torch.Tensor, made: torch.Tensor, gate: torch.Tensor) -> None:
@@ -68,9 +69,3 @@ def _add(states: torch.Tensor, made: torch.Tensor, gate: torch.Tensor) -> None:
     states.add_(made.mul_(gate[:, None]))
     if states.dtype == torch.float16:
         states.clip_(-FP16_LIMIT, FP16_LIMIT)
-
-
-def _gelu_(x: torch.Tensor) -> torch.Tensor:
-    """GELU by tanh (Hendrycks and Gimpel, arXiv 1606.08415) in place, which torch has, but not in its public names."""
-    activated: torch.Tensor = torch.ops.aten.gelu_(x, approximate="tanh")
-    return activated

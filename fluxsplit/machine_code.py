@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import queue
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -76,6 +77,39 @@ def run_side_by_side(run: Callable[..., object], shares: Iterable[tuple[Any, ...
         _wait_for(running)
     for one in running:
         one.result()
+
+
+def share_out(run: Callable[..., object], pieces: Iterable[tuple[Any, ...]], threads: int) -> None:
+    """Call `run` with the number of a thread and each of `pieces`, in their order, and return when all are done.
+
+    A thread takes the next piece when it is done with one. So a core that is slow, or that others use, does less, and
+    the others do not wait for it: pieces that are smaller towards the end have all end at about the same time.
+    """
+    waiting: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+    for item in (*pieces, *[None] * threads):
+        waiting.put(item)
+
+    def take(number: int) -> None:
+        for piece in iter(waiting.get, None):
+            run(number, *piece)
+
+    run_side_by_side(take, ((number,) for number in range(threads)))
+
+
+def pieces_of(count: int, threads: int, multiple: int, least: int, most: int) -> list[tuple[int, int]]:
+    """First and last of pieces for `share_out`: half of an equal share of what is left, between `least` and `most`.
+
+    All but the last are multiples of `multiple`, as `most` is. Smaller than `least` where some threads would get none;
+    as large as may be for a single one.
+    """
+    least = min(least, -(-count // threads // multiple) * multiple)
+    found, first = [], 0
+    while first < count:
+        half = -(-(count - first) // (2 * threads) // multiple) * multiple if threads > 1 else count
+        last = min(count, first + min(most, max(least, half)))
+        found.append((first, last))
+        first = last
+    return found
 
 
 def _wait_for(running: list[Future[object]]) -> None:

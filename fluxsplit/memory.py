@@ -52,7 +52,9 @@ class DeviceInfo:
     expand_elements_per_s: float | None = None
     """float8 codes expanded to the compute dtype; None where products expand as they go."""
     elementwise_per_s: float | None = None
-    """Values through a fixed mixture of casts, multiplications and GELU; stands for all that is no product."""
+    """Values through a fixed mixture of casts and sums; stands for all that is neither product nor GELU."""
+    gelu_per_s: float | None = None
+    """Values through GELU."""
     bus_bytes_per_s: float | None = None
     """From the machine's RAM to the device; None for a CPU, which has none to cross."""
     feed_bytes_per_s: float | None = None

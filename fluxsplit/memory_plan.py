@@ -48,6 +48,8 @@ BLOCKS_AHEAD = 2
 """That a CPU has read before it comes to them."""
 ELEMENTWISE, CARD_ELEMENTWISE = 8.0, 4.0
 """Times through what `rates` measures, for each token and channel of a block; fitted, a card's to an H200."""
+MLP_RATIO = 4
+"""A block's channels in the middle of its MLP, where GELU is, over those of its states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,15 +347,18 @@ def _step(
 
 
 def _compute_s(model: Model, tokens: int, device: DeviceInfo) -> float:
-    """Products, attention, expansion and elementwise work of one forward."""
+    """Products, attention, expansion, GELU and other elementwise work of one forward."""
     assert device.flops_per_s is not None
     hidden, blocks = model.hidden, len(model.blocks)
     products = 24 * hidden**2 * tokens * blocks / device.flops_per_s
     attention = 4 * tokens**2 * hidden * blocks / (device.attention_flops_per_s or device.flops_per_s)
     elements = sum(block.elements for block in model.blocks)
     expansion = elements / device.expand_elements_per_s if device.expand_elements_per_s else 0.0
-    values = (ELEMENTWISE if device.kind == "cpu" else CARD_ELEMENTWISE) * tokens * hidden * blocks
-    return products + attention + expansion + (values / device.elementwise_per_s if device.elementwise_per_s else 0.0)
+    values = tokens * hidden * blocks
+    activation = MLP_RATIO * values / device.gelu_per_s if device.gelu_per_s else 0.0
+    times = ELEMENTWISE if device.kind == "cpu" else CARD_ELEMENTWISE
+    others = times * values / device.elementwise_per_s if device.elementwise_per_s else 0.0
+    return products + attention + expansion + activation + others
 
 
 def _ceil_mb(count: int) -> int:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from fluxsplit import fp8, tile_product
 from fluxsplit.attention import attend, attend_in_chunks
 from fluxsplit.background_reads import Read, reads_by
+from fluxsplit.gelu import gelu_
 from fluxsplit.held_memory import CPU_PIECE_BYTES
 from fluxsplit.memory import DeviceInfo
 from fluxsplit.memory_plan import CACHE_MARGIN, PIECE_BYTES, readers_of
@@ -58,7 +59,7 @@ def with_rates(
     *,
     float8: bool = True,
 ) -> DeviceInfo:
-    """`info` with the rates of products of `hidden` channels, of attention, expansion, elementwise work and the bus.
+    """`info` with the rates of products of `hidden` channels, of attention, expansion, GELU, sums and the bus.
 
     `float8` says whether matrices are stored so, which some products expand as they go.
     """
@@ -78,7 +79,7 @@ def _with_rates(
     x, matrix, bias = (_values(shape, dtype, device) for shape in ((rows, hidden), (outputs, hidden), (outputs,)))
     head = min(head, hidden)
     heads = x[:, : hidden // head * head].view(1, rows, hidden // head, head)
-    wide = _values((rows, hidden), torch.float32, device)
+    wide, activated = _values((rows, hidden), torch.float32, device), torch.empty_like(x)
     # not all devices cast to float8; the matrix is expanded from these in turn, so that it is of random values as well
     codes = torch.randint(0, FINITE_CODES, matrix.shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     copy = {} if device.type == "cpu" else {"bus": _bus_copy(device)}
@@ -88,7 +89,8 @@ def _with_rates(
         device,
         products=_products_by_tiles(x, codes, bias) if by_tiles else lambda: F.linear(x, matrix, bias),
         attention=lambda: _attend(heads, info.fused_attention),
-        mixed=lambda: F.gelu((x.float() * wide + wide).to(dtype), approximate="tanh") * x + x,
+        sums=lambda: (x.float() * wide + wide).to(dtype) * x + x,
+        gelu=lambda: gelu_(activated.copy_(x)),  # anew, as it would approach 0 and be slow there
         **expansion,
         **copy,
     )
@@ -97,7 +99,8 @@ def _with_rates(
         flops_per_s=2 * rows * hidden * outputs / run_s["products"],
         attention_flops_per_s=4 * rows**2 * hidden / run_s["attention"],
         expand_elements_per_s=outputs * hidden / run_s["expansion"] if expansion else None,
-        elementwise_per_s=rows * hidden / run_s["mixed"],
+        elementwise_per_s=rows * hidden / run_s["sums"],
+        gelu_per_s=rows * hidden / run_s["gelu"],
         bus_bytes_per_s=BUS_BYTES / run_s["bus"] if copy else None,
     )
 

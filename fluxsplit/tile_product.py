@@ -18,7 +18,7 @@ import torch
 
 from fluxsplit import compiled_expansion
 from fluxsplit.fp8 import CACHE_LINE_BYTES
-from fluxsplit.machine_code import NOT_TO_BE_HAD, compiled, has_features, run_side_by_side
+from fluxsplit.machine_code import NOT_TO_BE_HAD, compiled, has_features, pieces_of, share_out
 
 MIN_TOKENS = 16
 """For fewer, there is more to expand than to multiply, and torch's products are as quick."""
@@ -26,8 +26,8 @@ MIN_SIDE = 2048
 """A model whose matrices are narrower is quick in any way, and need not wait for the kernel to be compiled."""
 MAX_TOKENS = 512
 """Multiplied with at a time. With more, too few inputs would fit into the cache."""
-MAX_ROWS = 1024
-"""Whose sums are kept at a time."""
+MIN_ROWS, MAX_ROWS = 128, 1024
+"""Multiplied with at a time, as for each such piece its first rows are expanded beside nothing, and sums are kept."""
 CACHED_BYTES = 1 << 20
 """Of x, of the 2 MB that the second-level cache of each core of these processors has."""
 _PAIR = 32
@@ -94,52 +94,46 @@ def _multiply(
     room: Callable[[int], torch.Tensor],
     depth: int,
 ) -> None:
-    tokens, (rows, inputs) = x.shape[0], codes.shape
-    row_shares = _shares(rows)
+    (tokens, inputs), rows, threads = x.shape, codes.shape[0], torch.get_num_threads()
+    row_pieces = pieces_of(rows, threads, _PAIR, MIN_ROWS, MAX_ROWS)
+    threads = min(threads, len(row_pieces))
     packed_bytes = kernel.packed_bytes(tokens, inputs)
     # sums are kept between depths only
-    work_bytes = kernel.work_bytes(min(MAX_ROWS, row_shares[0][1]) if depth < inputs else 0, tokens, depth)
-    wanted_bytes = packed_bytes + work_bytes * len(row_shares)
+    most_rows = max(last - first for first, last in row_pieces) if depth < inputs else 0
+    work_bytes = kernel.work_bytes(most_rows, tokens, depth)
+    wanted_bytes = packed_bytes + work_bytes * threads
     memory = room(wanted_bytes)
     packed = memory.data_ptr()
     if memory.numel() < wanted_bytes or not memory.is_contiguous() or packed % CACHE_LINE_BYTES:
         raise ValueError(f"{memory.numel()} bytes of room at {packed:#x}, where {wanted_bytes} are needed")
 
-    def pack(first: int, last: int) -> None:
+    def pack(_: int, first: int, last: int) -> None:
         there = packed + kernel.packed_bytes(first, inputs)
-        kernel.pack(x[first:].data_ptr(), there, min(last, tokens) - first, inputs, x.stride(0) * x.itemsize)
+        kernel.pack(x[first:].data_ptr(), there, last - first, inputs, x.stride(0) * x.itemsize)
 
-    def multiply(number: int, first: int, last: int) -> None:
-        work = packed + packed_bytes + work_bytes * number
-        for row in range(first, last, MAX_ROWS):
-            kernel.multiply(
-                codes[row:].data_ptr(),
-                packed,
-                bias[row:].data_ptr(),
-                out[:, row:].data_ptr(),
-                work,
-                min(MAX_ROWS, last - row),
-                tokens,
-                inputs,
-                out.stride(0) * out.itemsize,
-                depth,
-                scale,
-            )
+    def multiply(thread: int, first: int, last: int) -> None:
+        kernel.multiply(
+            codes[first:].data_ptr(),
+            packed,
+            bias[first:].data_ptr(),
+            out[:, first:].data_ptr(),
+            packed + packed_bytes + work_bytes * thread,
+            last - first,
+            tokens,
+            inputs,
+            out.stride(0) * out.itemsize,
+            depth,
+            scale,
+        )
 
-    run_side_by_side(pack, _shares(tokens))
-    run_side_by_side(multiply, ((number, *share) for number, share in enumerate(row_shares)))
+    share_out(pack, pieces_of(tokens, threads, _PAIR, _PAIR, MAX_TOKENS), threads)
+    share_out(multiply, row_pieces, threads)
 
 
 def _depth(tokens: int, inputs: int) -> int:
     """Inputs at a time: parts of one length, of which x has as much as fits into the cache."""
     parts = -(-inputs * -(-tokens // _PAIR) * _PAIR * 2 // CACHED_BYTES)
     return -(-inputs // parts // _PAIR) * _PAIR
-
-
-def _shares(count: int) -> list[tuple[int, int]]:
-    """First and last of each thread's rows or tokens, in whole pairs."""
-    share = -(-count // torch.get_num_threads() // _PAIR) * _PAIR
-    return [(first, min(count, first + share)) for first in range(0, count, share)]
 
 
 @functools.cache

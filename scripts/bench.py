@@ -67,6 +67,9 @@ PLANNED = (
 )
 """Of the plan that the stage tells: what is kept, besides how many blocks stay and stream."""
 
+PRODUCTS = ("compute_s", "quiet_compute_s", "compute_wall_s")
+"""What `bench_floor.py` says of a step's products."""
+
 
 @dataclass(slots=True)
 class Watched:
@@ -81,8 +84,8 @@ class Watched:
     """`bench_stage.Host` after each step."""
     blocks_s: list[list[tuple[float, float]]] = field(default_factory=list)
     """Of each step what each block took by the clock and of the CPU; empty on a card."""
-    between_s: float = 0.0
-    """CPU seconds of a step's products, made between the blocks; 0 where none were asked for."""
+    between_s: tuple[float, float] = (0.0, 0.0)
+    """By the clock and of the CPU, a step's products, made between the blocks; 0 where none were asked for."""
     pinned_bytes: int = 0
     """Of the file, in the page cache, after the last one."""
     plan: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +131,7 @@ def take(seen: Watched, event: dict[str, Any], now: Usage) -> None:
         seen.moved_bytes.append(event["moved_bytes"])
         seen.host.append(event["host"])
         seen.blocks_s.append(event["blocks_s"])
-        seen.between_s = event["between_s"]
+        seen.between_s = tuple(event["between_s"])
         seen.pinned_bytes = event["pinned_bytes"]
 
 
@@ -169,7 +172,7 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
     warm = pairs[1:]
     if args.between and is_cpu(args):  # memory and steps contain the products
         del found["peak_anonymous_bytes"]
-        too_few = {} if seen.between_s else {"error": "with so few steps not every product was made"}
+        too_few = {} if any(seen.between_s) else {"error": "with so few steps not every product was made"}
         return found | too_few | {"disk_bytes_per_step": _disk_bytes(warm)} | by_block(args, seen, floor)
     wall_s = median(after.wall_s - before.wall_s for before, after in warm)
     cpu_s = median(after.cpu_s - before.cpu_s for before, after in warm)
@@ -190,12 +193,24 @@ def row(args: argparse.Namespace, cap_bytes: int, seen: Watched, floor: dict[str
         "planned_over_measured_s": round(planned_s(args, seen.plan) / step_s, 3),
         "step_over_compute": round(step_s / (seen.plan["together"] * floor["compute_s"]), 3),
         "step_over_floor": round(step_s / floor_s(args, floor, seen.plan), 3),
+        **by_the_clock(args, wall_s, _disk_bytes(warm), floor, seen.plan),
         **by_block(args, seen, floor),
     }
 
 
 def _disk_bytes(warm: Sequence[tuple[Usage, Usage]]) -> int:
     return round(median(after.disk_bytes - before.disk_bytes for before, after in warm))
+
+
+def by_the_clock(
+    args: argparse.Namespace, wall_s: float, disk_bytes: int, floor: dict[str, Any], plan: dict[str, Any]
+) -> dict[str, float]:
+    """On a CPU, a step against the larger of its products alone and what came from the disk, all by the clock."""
+    if not is_cpu(args):
+        return {}
+    disk_s = disk_bytes / floor["disk_bytes_per_s"]
+    over = wall_s / max(plan["together"] * floor["compute_wall_s"], disk_s)
+    return {"disk_s": round(disk_s, 3), "wall_over_floor": round(over, 3)}
 
 
 def by_block(args: argparse.Namespace, seen: Watched, floor: dict[str, Any]) -> dict[str, float]:
@@ -215,10 +230,13 @@ def by_block(args: argparse.Namespace, seen: Watched, floor: dict[str, Any]) -> 
         "quiet_step_cpu_s": round(cpu_s, 3),
         "quiet_step_over_compute": round(cpu_s / floor["quiet_compute_s"], 3),
     }
-    if seen.between_s:
+    if any(seen.between_s):
         wall_s, cpu_s = (sum(mean(taken[clock] for taken in block) for block in blocks) for clock in (0, 1))
+        products_wall_s, products_cpu_s = seen.between_s
         found |= {"beside_step_s": round(wall_s, 3), "beside_step_cpu_s": round(cpu_s, 3)}
-        found |= {"beside_products_s": seen.between_s, "beside_step_over_compute": round(cpu_s / seen.between_s, 3)}
+        found |= {"beside_products_s": round(products_wall_s, 3), "beside_products_cpu_s": round(products_cpu_s, 3)}
+        found |= {"beside_step_over_compute": round(cpu_s / products_cpu_s, 3)}
+        found |= {"beside_wall_over_compute": round(wall_s / products_wall_s, 3)}
     return found
 
 
@@ -350,9 +368,9 @@ def one_budget(args: argparse.Namespace, cap_bytes: int, floor: dict[str, Any]) 
         products = (str(args.path), *(str(floor[name]) for name in ("image_tokens", "text_tokens", "dtype")))
         seen = watch_stage(args, cap_bytes, Path(folder), products if args.between and is_cpu(args) else ())
     after = floor_of(args, "--products") if is_cpu(args) else floor
-    products_s, best_s = ([run[name] for run in (before, after)] for name in ("compute_s", "quiet_compute_s"))
-    floor = floor | {"compute_s": mean(products_s), "quiet_compute_s": min(best_s)}
-    found = row(args, cap_bytes, seen, floor) | {"products_s": products_s, "quiet_products_s": best_s}
+    alone_s = {name: [run[name] for run in (before, after)] for name in PRODUCTS}
+    floor = floor | {name: (min if name.startswith("quiet") else mean)(runs) for name, runs in alone_s.items()}
+    found = row(args, cap_bytes, seen, floor) | {f"products_{name}": runs for name, runs in alone_s.items()}
     print(f"cap {cap_bytes / GB:g} GB: {found}", file=sys.stderr)
     return found
 

@@ -68,15 +68,19 @@ def work(
     return found
 
 
-def compute_s(found: list[tuple[int, Callable[[], object]]], device: torch.device) -> tuple[float, float]:
-    """Seconds of all that `work` found, CPU seconds on a CPU: first by each one's median, then by its best.
+def compute_s(found: list[tuple[int, Callable[[], object]]], device: torch.device) -> dict[str, float]:
+    """Seconds of all that `work` found, CPU seconds on a CPU: by each one's median, and by its best; and by the clock.
 
     They take turns: where others slow a processor down for seconds at a time, each meets that as often as the next.
     """
     rounds = [[once_s(product, device) for _, product in found] for _ in range(TIMES)]
-    counts, taken_s = [count for count, _ in found], list(zip(*rounds, strict=True))
-    by_median, by_best = ([count * pick(s) for count, s in zip(counts, taken_s, strict=True)] for pick in (median, min))
-    return sum(by_median), sum(by_best)
+    sums = dict.fromkeys(("compute_s", "quiet_compute_s", "compute_wall_s"), 0.0)
+    for (count, _), taken in zip(found, zip(*rounds, strict=True), strict=True):
+        wall_s, counted_s = zip(*taken, strict=True)
+        sums["compute_s"] += count * median(counted_s)
+        sums["quiet_compute_s"] += count * min(counted_s)
+        sums["compute_wall_s"] += count * median(wall_s)
+    return {name: round(seconds, 4) for name, seconds in sums.items()}
 
 
 def _attention(part: Part, tokens: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
@@ -121,14 +125,12 @@ def measure(
     parameters = checkpoint.describe(path).parts["transformer"].parameters
     dtype = pick_dtype(dtype_name, device, parameters)
     image_tokens = (size[0] // 16) * (size[1] // 16)
-    median_s, best_of_each_s = compute_s(work(part, image_tokens, text_tokens, dtype, device), device)
     found: dict[str, object] = {
         "dtype": DTYPE_NAMES[dtype],
         "image_tokens": image_tokens,
         "text_tokens": text_tokens,
         "weight_bytes": checkpoint.describe(path).parts["transformer"].bytes,
-        "compute_s": round(median_s, 4),
-        "quiet_compute_s": round(best_of_each_s, 4),
+        **compute_s(work(part, image_tokens, text_tokens, dtype, device), device),
     }
     if not transfers:
         return found

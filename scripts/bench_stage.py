@@ -118,22 +118,26 @@ class Between:
 
     def begin_anew(self) -> None:
         """Forget what was made so far, as beside a first step, which is cold."""
-        self._taken_s: list[list[float]] = [[] for _ in self._work]
+        self._taken_s: list[list[tuple[float, float]]] = [[] for _ in self._work]
         self._made = 0
 
     @property
-    def compute_s(self) -> float:
-        """CPU seconds of all products of a step by the mean of each; 0 before every one was made."""
-        if self._made < len(self._work):
-            return 0.0
-        return sum(count * mean(taken_s) for (count, _), taken_s in zip(self._work, self._taken_s, strict=True))
+    def compute_s(self) -> tuple[float, float]:
+        """Seconds of all products of a step by the mean of each, by the clock and of all threads; 0 before all are."""
+        wall_s = cpu_s = 0.0
+        for (count, _), taken_s in zip(self._work, self._taken_s, strict=True):
+            if not taken_s:
+                return 0.0, 0.0
+            wall_s += count * mean(wall_s for wall_s, _ in taken_s)
+            cpu_s += count * mean(cpu_s for _, cpu_s in taken_s)
+        return wall_s, cpu_s
 
     def make_one(self, reader_s: Callable[[], float]) -> float:
         """The next one; returns the CPU seconds of a thread that read meanwhile, which are none of the product's."""
         number, before_s = self._made % len(self._work), reader_s()
-        taken_s = once_s(self._work[number][1], torch.device("cpu"))
+        wall_s, cpu_s = once_s(self._work[number][1], torch.device("cpu"))
         read_s = reader_s() - before_s
-        self._taken_s[number].append(taken_s - read_s)
+        self._taken_s[number].append((wall_s, cpu_s - read_s))
         self._made += 1
         return read_s
 
@@ -147,7 +151,7 @@ class Blocks:
 
     def end_step(self, is_first: bool) -> dict[str, Any]:
         """What is told of a step: seconds by the clock and of all threads for each block, and of products so far."""
-        told = {"blocks_s": self._taken_s, "between_s": self.between.compute_s if self.between else 0.0}
+        told = {"blocks_s": self._taken_s, "between_s": self.between.compute_s if self.between else (0.0, 0.0)}
         self._taken_s = []
         if is_first and self.between:
             self.between.begin_anew()

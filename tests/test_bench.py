@@ -73,7 +73,9 @@ def test_products_are_made_between_blocks_in_turns(tmp_path: Path, monkeypatch: 
     assert between.make_one(lambda: 0.0) == 0
     read_s = iter((1.0, 1.5))
     assert between.make_one(lambda: next(read_s)) == 0.5
-    assert between._taken_s[0][0] > 0 > between._taken_s[1][0] + 0.4, "what was read meanwhile is none of a product"
+    (wall_s, cpu_s), (_, less_s) = between._taken_s[0][0], between._taken_s[1][0]
+    assert wall_s > 0 and cpu_s > 0 > less_s + 0.4, "what was read meanwhile is none of a product"
+    assert between.compute_s == (0.0, 0.0), "not all of them were made yet"
     between.begin_anew()
     blocks, products = Blocks(between), len(between._work)
     blocks.watch()
@@ -95,18 +97,19 @@ def test_products_are_made_between_blocks_in_turns(tmp_path: Path, monkeypatch: 
     assert sum(counts) == sum(bench_floor.products(checkpoint.part(path, "transformer"), 16, 8).values()) + len(
         flux.blocks
     )
-    between._taken_s = [[1.0, 3.0] for _ in counts]
-    assert blocks.end_step(is_first=False)["between_s"] == 2 * sum(counts)
+    between._taken_s = [[(1.0, 2.0), (3.0, 4.0)] for _ in counts]
+    assert blocks.end_step(is_first=False)["between_s"] == (2 * sum(counts), 3 * sum(counts))
 
 
 def test_a_step_is_put_together_of_what_each_block_took_at_its_best_and_on_average() -> None:
     args = argparse.Namespace(device="cpu", pictures=1)
     cold, slow_first, slow_second = [(9.0, 9.0)] * 2, [(3.0, 4.0), (1.0, 1.5)], [(1.0, 2.0), (2.0, 2.5)]
-    seen = bench.Watched(blocks_s=[cold, slow_first, slow_second], between_s=2.5)
+    seen = bench.Watched(blocks_s=[cold, slow_first, slow_second], between_s=(1.0, 2.5))
     found = bench.by_block(args, seen, {"quiet_compute_s": 2.0})
     assert (found["quiet_step_s"], found["quiet_step_cpu_s"], found["quiet_step_over_compute"]) == (2.0, 3.5, 1.75)
     assert (found["beside_step_s"], found["beside_step_cpu_s"], found["beside_step_over_compute"]) == (3.5, 5.0, 2.0)
-    assert "beside_step_s" not in bench.by_block(args, replace(seen, between_s=0.0), {"quiet_compute_s": 2.0})
+    assert found["beside_wall_over_compute"] == 3.5
+    assert "beside_step_s" not in bench.by_block(args, replace(seen, between_s=(0.0, 0.0)), {"quiet_compute_s": 2.0})
     assert bench.by_block(argparse.Namespace(device="cpu", pictures=2), seen, {}) == {}
 
 

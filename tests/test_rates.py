@@ -23,6 +23,7 @@ def test_every_rate_of_a_cpu_is_measured() -> None:
         info.attention_flops_per_s,
         info.expand_elements_per_s,
         info.elementwise_per_s,
+        info.gelu_per_s,
     )
     assert all(rate is not None and 0 < rate < 1e15 for rate in rates), rates
     assert info.bus_bytes_per_s is None
