@@ -51,8 +51,8 @@ class Read(Protocol):
 class Reads(Protocol):
     """Who carries reads out, several at a time, in the order in which they were begun."""
 
-    def begin(self, file: WeightFile, start: int, memory: torch.Tensor) -> Read:
-        """Begin to fill `memory`, uint8 on the CPU, with the bytes of `file` from `start`."""
+    def begin(self, file: WeightFile, start: int, memory: torch.Tensor, *, alone: bool = False) -> Read:
+        """Begin to fill `memory`, uint8 on the CPU, with the bytes of `file` from `start`; as `read_into` does."""
 
     def close(self) -> None:
         """End the threads; every read must have been waited for or dropped."""
@@ -118,8 +118,8 @@ class _Request:
 
 
 class _LibraryRead:
-    def __init__(self, file: WeightFile, handle: int, start: int, memory: torch.Tensor) -> None:
-        self._file, self._start, self._memory = file, start, memory
+    def __init__(self, file: WeightFile, handle: int, start: int, memory: torch.Tensor, alone: bool) -> None:
+        self._file, self._start, self._memory, self._alone = file, start, memory, alone
         self._request = _Request(handle, start, memory)
 
     def is_done(self) -> bool:
@@ -128,7 +128,7 @@ class _LibraryRead:
     def wait(self) -> None:
         got = self._request.end()
         if got < self._memory.numel():  # whatever the reason is, this goes on or says it
-            self._file.read_into(as_buffer(self._memory[got:]), self._start + got)
+            self._file.read_into(as_buffer(self._memory[got:]), self._start + got, alone=self._alone)
 
     def drop(self) -> None:
         self._request.end()
@@ -139,16 +139,17 @@ class _LibraryReads:
 
     def __init__(self, threads: int) -> None:
         self._threads, self._turn = threads, 0
-        self._handles: dict[WeightFile, list[int]] = {}
+        self._handles: dict[tuple[WeightFile, bool], list[int]] = {}
 
-    def begin(self, file: WeightFile, start: int, memory: torch.Tensor) -> Read:
-        if file not in self._handles:
-            self._handles[file] = handles = [file.another_handle()]
+    def begin(self, file: WeightFile, start: int, memory: torch.Tensor, *, alone: bool = False) -> Read:
+        if (file, alone) not in self._handles:
+            self._handles[file, alone] = [file.another_handle(alone=alone)]
             with contextlib.suppress(OSError):  # with fewer, where no more are to be had, fewer threads read
-                while len(handles) < self._threads:
-                    handles.append(file.another_handle())
+                while len(self._handles[file, alone]) < self._threads:
+                    self._handles[file, alone].append(file.another_handle(alone=alone))
         self._turn += 1
-        return _LibraryRead(file, self._handles[file][self._turn % len(self._handles[file])], start, memory)
+        handles = self._handles[file, alone]
+        return _LibraryRead(file, handles[self._turn % len(handles)], start, memory, alone)
 
     def close(self) -> None:
         for handles in self._handles.values():
@@ -213,8 +214,8 @@ class ThreadReads:
         for thread in self.threads:
             thread.start()
 
-    def begin(self, file: WeightFile, start: int, memory: torch.Tensor) -> Read:
-        read = _ThreadRead(self, functools.partial(file.read_into, as_buffer(memory), start))
+    def begin(self, file: WeightFile, start: int, memory: torch.Tensor, *, alone: bool = False) -> Read:
+        read = _ThreadRead(self, functools.partial(file.read_into, as_buffer(memory), start, alone=alone))
         self._waiting.put(read)
         return read
 

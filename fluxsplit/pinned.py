@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fluxsplit.weights import Span, WeightFiles, as_buffer
+from fluxsplit.file_spans import Span
+from fluxsplit.weights import WeightFiles, as_buffer
 
 _READ_ONLY = 8
 """cudaHostRegisterReadOnly."""

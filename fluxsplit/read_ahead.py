@@ -4,10 +4,7 @@ Copying what is in the page cache already into memory of our own would cost as m
 thread has the kernel read the next blocks instead and maps their pages, so that the computation meets no fault.
 Where the plan says that not all blocks fit into RAM, the pages of those that do not are given back after use: the
 kernel would otherwise throw out the least recently used ones, which in a cycle are the very next ones needed.
-
-With them goes what lies round them and is no part of a step, modulations and biases: the kernel forgets a large page
-only whole, and an older one reads further than it is asked to. Otherwise each block left up to 28 MB behind, all of
-them a gigabyte that the plan knows nothing of, for which the kernel threw out blocks that should have stayed.
+With them goes what lies round them (`file_spans`).
 """
 
 from __future__ import annotations
@@ -15,19 +12,16 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.file_spans import Span, joined_spans, with_surroundings
 from fluxsplit.memory_plan import BLOCKS_AHEAD
 from fluxsplit.streaming import Layout, OnRead, layout
-from fluxsplit.weights import Span, WeightFiles
-
-READ_TOO_FAR_BYTES = 32 << 20
-"""A kernel that reads further than it is asked to went on for 28 MB at most, with a disk's readahead of 8 MB."""
+from fluxsplit.weights import WeightFiles
 
 
 class ReadAhead:
@@ -101,32 +95,7 @@ class ReadAhead:
 
 def spans(layout: Layout) -> list[Span]:
     """Where the block lies, neighbours joined."""
-    return _joined(place.span for place in layout.places)
-
-
-def with_surroundings(spans: Sequence[Span], needed: Sequence[Span]) -> list[Span]:
-    """The spans, each widened to the nearest of `needed` on either side, at most 32 MiB each way."""
-    found = []
-    for span in spans:
-        others = [other for other in needed if other.path == span.path]
-        before = [other.stop for other in others if other.stop <= span.start]
-        behind = [other.start for other in others if other.start >= span.stop]
-        first = max([0, span.start - READ_TOO_FAR_BYTES, *before])
-        last = min([span.stop + READ_TOO_FAR_BYTES, *behind])
-        found.append(Span(span.path, first, last))
-    return _joined(found)
-
-
-def _joined(spans: Iterable[Span]) -> list[Span]:
-    """In the order of the file, those that touch or overlap as one."""
-    joined: list[Span] = []
-    for span in sorted(spans, key=lambda span: (span.path, span.start)):
-        last = joined[-1] if joined else None
-        if last is not None and last.path == span.path and last.stop >= span.start:
-            joined[-1] = replace(last, stop=max(last.stop, span.stop))
-        else:
-            joined.append(span)
-    return joined
+    return joined_spans(place.span for place in layout.places)
 
 
 def _ended(failure: BaseException | None) -> FluxsplitError:

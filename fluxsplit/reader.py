@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fluxsplit.background_reads import Read, reads_by
+from fluxsplit.file_spans import Span
 from fluxsplit.pinned import FilePins, pinned_ram
-from fluxsplit.weights import Span, WeightFiles
+from fluxsplit.weights import WeightFiles
 
 LATE_BLOCKS = 3
 """That the card has waited for before any is pinned: one may be an accident."""
@@ -53,8 +54,8 @@ class Filling:
     """Runs that are being brought in."""
 
     runs: Sequence[Run]
-    fleeting: bool = False
-    """Whether the bytes are not to stay in RAM."""
+    given_back: Sequence[Span] = ()
+    """Of files, what is not to stay in RAM once it is read."""
     pinnable: bool = False
     """Whether they are there, and may be pinned."""
     memory: torch.Tensor | None = None
@@ -182,7 +183,8 @@ class Reader:
         while self._queued and self._free and self._free[0].is_free():
             part, piece = self._queued.popleft(), self._free.popleft()
             span = part.span
-            read = self.reads.begin(self._files.open(span.path), span.start, piece.memory[: span.bytes])
+            memory, alone = piece.memory[: span.bytes], bool(part.filling.given_back)
+            read = self.reads.begin(self._files.open(span.path), span.start, memory, alone=alone)
             self._reading.append((part, piece, read))
 
     def _copy_first(self) -> None:
@@ -190,7 +192,7 @@ class Reader:
         part, piece, read = self._reading.popleft()
         read.wait()
         filling, span = part.filling, part.span
-        if filling.fleeting:
+        if filling.given_back:
             self._files.open(span.path).give_back(span.start, span.stop)
         stream, is_first, is_last = self.streams[0], filling.left == filling.parts, filling.left == 1
         with _on(stream, filling, is_first, is_last):
@@ -202,6 +204,9 @@ class Reader:
                 piece.copied.record(stream)
         self._free.append(piece)
         filling.left -= 1
+        if not filling.left:  # and what was read too far
+            for span in filling.given_back:
+                self._files.open(span.path).give_back(span.start, span.stop)
 
     def _pinned(self, filling: Filling) -> list[tuple[int, torch.Tensor]] | None:
         """What the card can fetch by itself; None for a filling of which not everything is pinned."""

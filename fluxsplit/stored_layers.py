@@ -18,7 +18,8 @@ from torch import nn
 from fluxsplit import fp8, tile_product
 from fluxsplit.checkpoint import Part, Source
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.weights import Span, WeightFiles
+from fluxsplit.file_spans import Span
+from fluxsplit.weights import WeightFiles
 
 _DAMAGED = "the file is damaged; download it again"
 ROWS = 64

@@ -21,16 +21,18 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import nn
 
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.file_spans import Span, with_surroundings
 from fluxsplit.memory_plan import ALIGN_BYTES, PIECE_BYTES, PIECES
 from fluxsplit.reader import MAX_GAP_BYTES, Filling, Reader, Run
 from fluxsplit.ring import Place, Ring
 from fluxsplit.stored_layers import StoredLinear
-from fluxsplit.weights import Span, WeightFiles
+from fluxsplit.weights import WeightFiles
 
 MOST_AHEAD = 12
 """Blocks that are under way at once, however little room they need: those in pinned pages need none."""
@@ -144,7 +146,9 @@ class Streaming:
         self._streamed = frozenset(range(len(blocks))) - resident
         order = sorted(self._streamed)
         self._order = iter(order) if once else itertools.cycle(order)
-        self._fresh, self._fleeting, self._pinnable = set(self._streamed), fleeting, pinnable
+        self._fresh, self._pinnable = set(self._streamed), pinnable
+        spans = [[run.span for run in runs] for runs in self._runs]
+        self._given_back = {n: with_surroundings(spans[n], list(chain.from_iterable(spans))) for n in fleeting}
         self._as_card = device.type == "cuda" if as_card is None else as_card
         count = PIECES * readers if pieces is None else pieces
         streams = (self._stream(), self._stream())
@@ -212,9 +216,9 @@ class Streaming:
         number = next(self._order, None)
         if number is None:
             return False
-        fresh, fleeting = number in self._fresh, number in self._fleeting
-        filling = Filling(self._runs[number], fleeting, number in self._pinnable and not fresh)
-        if not fleeting:
+        fresh, given_back = number in self._fresh, self._given_back.get(number, ())
+        filling = Filling(self._runs[number], given_back, number in self._pinnable and not fresh)
+        if not given_back:
             self._fresh.discard(number)
         self._reader.begin(filling)
         self._coming.append(_Coming(number, filling))

@@ -20,7 +20,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +42,6 @@ LARGE_PAGE_BYTES = 2 << 20
 LARGE_AT_RANDOM = (5, 19)
 """The first Linux that is sure to read large pages where memory is said to be read at random, and not single ones."""
 _CHANGED_HINT = "leave weight files alone while they are used, and run again"
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes start..stop of a file."""
-
-    path: str
-    start: int
-    stop: int
-
-    @property
-    def bytes(self) -> int:
-        """How many there are."""
-        return self.stop - self.start
 
 
 class WeightFile:
@@ -84,27 +69,44 @@ class WeightFile:
         if now != (self._stamp, self._stamp):
             raise FluxsplitError(f"{self.path} was changed during the run", _CHANGED_HINT)
 
-    def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill `buffer` with the file's bytes from `start`; raises FluxsplitError where the file ends before."""
+    def read_into(self, buffer: memoryview, start: int, *, alone: bool = False) -> None:
+        """Fill `buffer` with the file's bytes from `start`; raises FluxsplitError where the file ends before.
+
+        With `alone` what lies behind them is not read ahead where the kernel can be told so.
+        """
         done = 0
         while done < len(buffer):
             try:
-                got = self._pread(buffer[done:], start + done)
+                got = self._pread(self._alone if alone else self._handle, buffer[done:], start + done)
             except OSError as error:
                 raise FluxsplitError(f"cannot read {self.path}: {error.strerror}", "check the disk") from error
             if not got:
                 raise FluxsplitError(f"{self.path} was cut short during the run", _CHANGED_HINT)
             done += got
 
-    def another_handle(self) -> int:
-        """Of the same open file, for whoever reads it elsewhere; to be closed."""
-        return os.dup(self._handle)
+    def another_handle(self, *, alone: bool = False) -> int:
+        """Of the same open file, for whoever reads it elsewhere, as `read_into` would; to be closed."""
+        return os.dup(self._alone if alone else self._handle)
 
-    def _pread(self, buffer: memoryview, start: int) -> int:
+    @functools.cached_property
+    def _alone(self) -> int:
+        """Of the file opened once more, and read at random: how far to read ahead is a matter of each opening.
+
+        Nothing but whole requests is read so, each at once. Pages that stay should not come this way, as Linux makes
+        them small ones.
+        """
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                handle = os.open(f"/proc/self/fd/{self._handle}", os.O_RDONLY)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+                return handle
+        return self._handle
+
+    def _pread(self, handle: int, buffer: memoryview, start: int) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self._handle, [buffer], start)
+            return os.preadv(handle, [buffer], start)
         if hasattr(os, "pread"):
-            data = os.pread(self._handle, len(buffer), start)
+            data = os.pread(handle, len(buffer), start)
             buffer[: len(data)] = data
             return len(data)
         # Windows, which lets nobody cut short what is mapped; a disk that fails is a crash there and no error

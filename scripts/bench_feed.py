@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from fluxsplit.background_reads import Read, Reads, ThreadReads, reads_by
+from fluxsplit.file_spans import Span
 from fluxsplit.pinned import FilePins, pinned_ram
-from fluxsplit.weights import Span, WeightFiles
+from fluxsplit.weights import WeightFiles
 
 MIB = 1 << 20
 TORCHS = ((16, 32, 3), (14, 32, 3), (12, 32, 3), (8, 32, 3), (8, 16, 6))

@@ -58,12 +58,12 @@ def test_what_the_file_does_not_have_is_an_error(file: WeightFile, kind: type[An
 def test_with_few_descriptors_fewer_threads_read(file: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
     another, left = WeightFile.another_handle, 2
 
-    def scarce(self: WeightFile) -> int:
+    def scarce(self: WeightFile, *, alone: bool) -> int:
         nonlocal left
         if not left:
             raise OSError(errno.EMFILE, "too many open files")
         left -= 1
-        return another(self)
+        return another(self, alone=alone)
 
     monkeypatch.setattr(WeightFile, "another_handle", scarce)
     reads, memory = _LibraryReads(6), [torch.zeros(50, dtype=torch.uint8) for _ in range(9)]
@@ -123,10 +123,10 @@ def test_a_read_that_is_dropped_is_not_done_again(
     asked = 0
     read_into = WeightFile.read_into
 
-    def counted(self: WeightFile, buffer: memoryview, start: int) -> None:
+    def counted(self: WeightFile, buffer: memoryview, start: int, *, alone: bool) -> None:
         nonlocal asked
         asked += 1
-        read_into(self, buffer, start)
+        read_into(self, buffer, start, alone=alone)
 
     monkeypatch.setattr(WeightFile, "read_into", counted)
     reads.begin(file, 3_000_000, torch.zeros(2, dtype=torch.uint8)).drop()

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from fluxsplit import fp8
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.file_spans import Span
 from fluxsplit.stored_layers import Scratch, StoredLinear
-from fluxsplit.weights import Span
 
 OUTPUTS, INPUTS = 200, 96
 

@@ -23,12 +23,13 @@ from fluxsplit import background_reads, checkpoint, pinned, reader, weights
 from fluxsplit import streaming as streaming_room
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
+from fluxsplit.file_spans import Span
 from fluxsplit.read_ahead import ReadAhead, spans, with_surroundings
 from fluxsplit.reader import Run
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming, attach, layout
 from fluxsplit.transformer import Flux, Forward
-from fluxsplit.weights import Span, WeightFile, WeightFiles, as_buffer
+from fluxsplit.weights import WeightFile, WeightFiles, as_buffer
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -287,7 +288,7 @@ def test_what_is_pinned_is_what_a_card_waits_for_again_and_again(
         def __init__(self, threads: int) -> None:
             pass
 
-        def begin(self, file: WeightFile, start: int, memory: torch.Tensor) -> Slow:
+        def begin(self, file: WeightFile, start: int, memory: torch.Tensor, *, alone: bool) -> Slow:
             self._read = lambda: file.read_into(as_buffer(memory), start)
             return self
 
@@ -327,28 +328,34 @@ def test_what_does_not_stay_in_ram_is_read_in_every_pass_and_given_back(
     path: Path, text: Conditioning, fleeting: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Card(monkeypatch, at_once=True)
-    read, given = Count(), Count()
-    monkeypatch.setattr(WeightFile, "give_back", lambda self, start, stop: given(stop - start))
+    read, alone_bytes, given = Count(), Count(), set[tuple[int, int]]()
+    monkeypatch.setattr(WeightFile, "give_back", lambda self, start, stop: given.add((start, stop)))
     monkeypatch.setattr(background_reads, "_works", lambda: False)
     read_into = WeightFile.read_into
 
-    def reading(self: WeightFile, buffer: memoryview, start: int) -> None:
+    def reading(self: WeightFile, buffer: memoryview, start: int, *, alone: bool = False) -> None:
         read(len(buffer))
-        read_into(self, buffer, start)
+        alone_bytes(alone * len(buffer))
+        read_into(self, buffer, start, alone=alone)
 
     monkeypatch.setattr(WeightFile, "read_into", reading)
     flux, files = load(path)
     wanted = flux.velocities(forwards(text))
     options: dict[str, Any] = {"as_card": True, "ahead": False, "slots": 1, "fleeting": frozenset(fleeting)}
     flux.loader = Streaming(flux.blocks, files, CPU, **options)
-    counts = []
+    counts, spans = [], [[run.span for run in runs] for runs in flux.loader._runs]
     for _ in range(3):
+        given.clear()
         assert all(map(torch.equal, flux.velocities(forwards(text)), wanted))
-        counts.append((read.bytes, given.bytes))
-    everything, each = read.bytes // 3, given.bytes // 3
-    assert counts == [((n + 1) * everything, (n + 1) * each) for n in range(3)]
+        counts.append((read.bytes, alone_bytes.bytes))
+        for number, of_block in enumerate(spans):
+            for span in of_block:
+                most = max([0, *(min(stop, span.stop) - max(start, span.start) for start, stop in given)])
+                assert most == (span.bytes if number in fleeting else 0)
+    everything, alone = read.bytes // 3, alone_bytes.bytes // 3
+    assert counts == [((n + 1) * everything, (n + 1) * alone) for n in range(3)]
     assert everything >= block_bytes(flux)
-    assert (each > 0) == bool(fleeting) and (everything == each) == (len(fleeting) == BLOCKS)
+    assert (alone > 0) == bool(fleeting) and (everything == alone) == (len(fleeting) == BLOCKS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
@@ -392,6 +399,28 @@ def flags_of(path: Path) -> list[list[str]]:
     found = [after.split("\n")[0].split() for before, after in pairwise(maps) if str(path) in before]
     assert found
     return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that is asked")
+@pytest.mark.parametrize("by_library", [False, True])
+def test_what_is_read_alone_brings_nothing_else_into_ram(
+    by_library: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_library and not background_reads._works():
+        pytest.skip("the C library has no such reads")
+    monkeypatch.setattr(background_reads, "_works", lambda: by_library)
+    opened, reads = not_in_ram(tmp_path / "bytes", 48 << 20), background_reads.reads_by(2)
+    memory = torch.zeros(2, 6 << 20, dtype=torch.uint8)
+    begun = [
+        reads.begin(opened, start, part, alone=True) for start, part in zip((4 << 20, 10 << 20), memory, strict=True)
+    ]
+    for read in begun:
+        read.wait()
+    reads.close()
+    assert is_in_ram(opened, 4 << 20, 16 << 20)
+    for page in (*range(0, 4 << 20, mmap.PAGESIZE), *range(16 << 20, 48 << 20, mmap.PAGESIZE)):
+        assert not is_in_ram(opened, page, page + 1), page
+    assert memory.flatten().numpy().tobytes() == (tmp_path / "bytes").read_bytes()[4 << 20 : 16 << 20]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
@@ -695,7 +724,7 @@ def test_a_reader_thread_that_is_killed_at_a_read_stops_the_run(
 ) -> None:
     flux, files = load(path)
 
-    def ended(*_: Any) -> None:
+    def ended(*_: Any, **__: Any) -> None:
         raise SystemExit
 
     streaming(flux, files)
