@@ -27,7 +27,7 @@ SCORE_VALUE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}
 """Of a score in attention by chunks, which `attention` forms in fp32 where the dtype has too few digits."""
 SCORE_BYTES = 256_000_000
 """Largest piece of a score matrix where attention is computed in chunks of queries."""
-_ACTIVATION = {4: 53.0, 2: 32.0}
+_ACTIVATION = {4: 58.0, 2: 32.0}
 """Bytes for each token and hidden channel that a forward holds at its widest on a CPU, by the compute dtype's size."""
 _TILES_ACTIVATION, TILES_BASE_BYTES = 16.0, 25_000_000
 """More of both where a CPU multiplies 16 bits by tiles; measured with 320 to 4,352 tokens, a tenth more or less."""

@@ -96,6 +96,10 @@ class StoredLinear(nn.Module):
         x = xs[0]
         if self._is_ready(x):
             return [F.linear(x, self.stored, self.bias) for x in xs]
+        if len(xs) > 1 and all(map(self._by_tiles, xs)):  # at once, since no row's bits depend on the others
+            made = self.each([torch.cat([_flat(x) for x in xs])])[0]
+            rows = made.split([_flat(x).shape[0] for x in xs])
+            return [part.view(*x.shape[:-1], -1) for x, part in zip(xs, rows, strict=True)]
         is_whole = self._scratch.rows(self.stored.shape, x.dtype) == self.stored.shape[0]
         if is_whole and not self._by_tiles(x):
             matrix = self._expanded_rows(self.stored, x, self._factor)

@@ -20,8 +20,6 @@ from fluxsplit import compiled_expansion
 from fluxsplit.fp8 import CACHE_LINE_BYTES
 from fluxsplit.machine_code import NOT_TO_BE_HAD, compiled, has_features, pieces_of, share_out
 
-MIN_TOKENS = 16
-"""For fewer, there is more to expand than to multiply, and torch's products are as quick."""
 MIN_SIDE = 2048
 """A model whose matrices are narrower is quick in any way, and need not wait for the kernel to be compiled."""
 MAX_TOKENS = 512
@@ -47,7 +45,7 @@ def multiplies(codes: torch.Tensor, x: torch.Tensor) -> bool:
     return (
         x.dtype == torch.bfloat16
         and x.device.type == codes.device.type == "cpu"
-        and x.shape[0] >= MIN_TOKENS
+        and x.shape[0] > 0
         and max(codes.shape) >= MIN_SIDE
         and not (codes.shape[0] % _PAIR or codes.shape[1] % _PAIR)
         and codes.is_contiguous()

@@ -82,7 +82,9 @@ def product(x: torch.Tensor, codes: torch.Tensor, scale: float = 1.0, bias: torc
 @pytest.mark.parametrize(
     ("tokens", "rows", "inputs"),
     [
-        (16, 32, 32),  # the least
+        (1, 32, 32),  # the least
+        (1, 3072, 64),
+        (16, 32, 32),
         (17, 64, 32),
         (33, 96, 3072),
         (512, 32, 64),
@@ -223,7 +225,7 @@ def test_what_it_does_not_take_is_refused() -> None:
     assert tile_product.multiplies(codes, x)
     for bad_x, bad_codes in (
         (x.float(), codes),
-        (x[:15], codes),
+        (x[:0], codes),
         (x.t().contiguous().t(), codes),
         (x, codes[:20]),
         (x[:, :48], codes[:, :48].clone()),
@@ -285,14 +287,15 @@ def test_layers_use_it_for_each_picture_alike(multiplied: list[int]) -> None:
     xs = [values(1, 40, 64, seed=seed).to(BF16) for seed in (3, 4)]
     together, wide = layer.each(xs), torch.zeros(1, 40, 100, dtype=BF16)
     layer.into(xs[0], wide[..., 4:])
-    assert multiplied == [40, 40, 40]
+    assert multiplied == [80, 40], "several at once"
     for x, out in zip(xs, together, strict=True):
         assert out.shape == (1, 40, 96) and torch.equal(out, layer(x))
         assert torch.equal(out[0], product(x[0], codes, 0.5, bias))
     assert torch.equal(wide[..., 4:], together[0]) and not wide[..., :4].any()
     multiplied.clear()
-    mixed = layer.each([xs[0], xs[1][:, :3]])
-    assert not multiplied and [out.shape[1] for out in mixed] == [40, 3]
+    one, few = layer.each([xs[0][:, :1], xs[1][:, :3]])
+    assert multiplied == [4]
+    assert torch.equal(one, together[0][:, :1]) and torch.equal(few, together[1][:, :3])
 
 
 @needs_tiles
