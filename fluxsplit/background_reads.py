@@ -144,8 +144,10 @@ class _LibraryReads:
     def begin(self, file: WeightFile, start: int, memory: torch.Tensor, *, alone: bool = False) -> Read:
         if (file, alone) not in self._handles:
             self._handles[file, alone] = [file.another_handle(alone=alone)]
+            # nothing is read ahead of a thread that reads alone, so that there are two of them at least
+            threads = max(2, self._threads) if alone else self._threads
             with contextlib.suppress(OSError):  # with fewer, where no more are to be had, fewer threads read
-                while len(self._handles[file, alone]) < self._threads:
+                while len(self._handles[file, alone]) < threads:
                     self._handles[file, alone].append(file.another_handle(alone=alone))
         self._turn += 1
         handles = self._handles[file, alone]

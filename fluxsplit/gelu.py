@@ -2,8 +2,9 @@
 
 torch computes a hyperbolic tangent in fp32 for each of them, which takes a fifteenth of a step where products are
 quick. Whatever is computed of 16 bits can be looked up instead: 128 KB that stay in a core's second-level cache, and
-since values are near 0, mostly the same few KB of them, which stay in the first. The bits are torch's, as its own. The
-loop over values is LLVM's (`machine_code`), since torch looks up by indices of eight bytes only.
+since values are near 0, mostly the same few KB of them, which stay in the first. The bits are those that torch gives
+where it has whole vectors of values; its way with single ones differs in a few of them. The loop over values is LLVM's
+(`machine_code`), since torch looks up by indices of eight bytes only.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from fluxsplit.machine_code import NOT_TO_BE_HAD, compiled, pieces_of, share_out
 
 MIN_ELEMENTS = 1 << 18
-"""Fewer are computed in half a millisecond, and a small model need not wait for the loop to be compiled."""
-SHARE_ELEMENTS = 1 << 17
-"""A thread does not take less at a time."""
+"""Fewer are computed in less than a millisecond, and a small model need not wait for the loop to be compiled."""
+SHARE_ELEMENTS, MAX_THREADS = 1 << 17, 8
+"""A thread is not woken for less, nor are more woken: with that many torch, whose threads are awake, is as quick."""
 _LOOP = """
 define void @look_up(ptr noalias readonly %table, ptr noalias %values, i64 %rows, i64 %columns, i64 %row_bytes) {
 start:
@@ -61,14 +62,14 @@ def gelu_(x: torch.Tensor) -> torch.Tensor:
     loop = _loop() if _is_worth_it(x) else None
     if loop is None:
         return _computed_(x)
-    flat, table, threads = x.view(x.shape[-2:]), _table(x.dtype), torch.get_num_threads()
+    flat, table = x.view(x.shape[-2:]), _table(x.dtype)
     rows, columns = flat.shape
+    threads = max(1, min(torch.get_num_threads(), MAX_THREADS, x.numel() // SHARE_ELEMENTS))
 
     def look_up(_: int, first: int, last: int) -> None:
         loop(table.data_ptr(), flat[first:].data_ptr(), last - first, columns, flat.stride(0) * flat.itemsize)
 
-    pieces = pieces_of(rows, threads, 1, -(-SHARE_ELEMENTS // columns), rows)
-    share_out(look_up, pieces, min(threads, len(pieces)))
+    share_out(look_up, pieces_of(rows, threads, 1, -(-SHARE_ELEMENTS // columns), rows), threads)
     return x
 
 

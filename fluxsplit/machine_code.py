@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 import queue
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -79,12 +79,14 @@ def run_side_by_side(run: Callable[..., object], shares: Iterable[tuple[Any, ...
         one.result()
 
 
-def share_out(run: Callable[..., object], pieces: Iterable[tuple[Any, ...]], threads: int) -> None:
+def share_out(run: Callable[..., object], pieces: Sequence[tuple[Any, ...]], threads: int) -> None:
     """Call `run` with the number of a thread and each of `pieces`, in their order, and return when all are done.
 
     A thread takes the next piece when it is done with one. So a core that is slow, or that others use, does less, and
-    the others do not wait for it: pieces that are smaller towards the end have all end at about the same time.
+    the others do not wait for it: pieces that are smaller towards the end have all end at about the same time. No more
+    threads than pieces are woken. All pieces are done also where one fails, or Ctrl-C comes in between.
     """
+    threads = min(threads, len(pieces))
     waiting: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
     for item in (*pieces, *[None] * threads):
         waiting.put(item)

@@ -52,7 +52,7 @@ class DeviceInfo:
     expand_elements_per_s: float | None = None
     """float8 codes expanded to the compute dtype; None where products expand as they go."""
     elementwise_per_s: float | None = None
-    """Values through a fixed mixture of casts and sums; stands for all that is neither product nor GELU."""
+    """Values through a fixed mixture of casts and arithmetic; stands for all that is no matrix product and not GELU."""
     gelu_per_s: float | None = None
     """Values through GELU."""
     bus_bytes_per_s: float | None = None

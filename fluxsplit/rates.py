@@ -83,6 +83,12 @@ def _with_rates(
     # not all devices cast to float8; the matrix is expanded from these in turn, so that it is of random values as well
     codes = torch.randint(0, FINITE_CODES, matrix.shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     copy = {} if device.type == "cpu" else {"bus": _bus_copy(device)}
+
+    def gelu() -> torch.Tensor:
+        if device.type == "cpu":  # of the same values each time, as it would approach 0 and be slow there
+            return gelu_(activated.copy_(x))
+        return F.gelu(x, approximate="tanh")
+
     by_tiles = float8 and tile_product.multiplies(codes, x)
     expansion = {} if by_tiles else {"expansion": lambda: fp8.expand_into(codes, matrix)}
     run_s = _seconds(
@@ -90,7 +96,7 @@ def _with_rates(
         products=_products_by_tiles(x, codes, bias) if by_tiles else lambda: F.linear(x, matrix, bias),
         attention=lambda: _attend(heads, info.fused_attention),
         sums=lambda: (x.float() * wide + wide).to(dtype) * x + x,
-        gelu=lambda: gelu_(activated.copy_(x)),  # anew, as it would approach 0 and be slow there
+        gelu=gelu,
         **expansion,
         **copy,
     )

@@ -53,6 +53,7 @@ class WeightFile:
         self._stamp = _stamp(os.fstat(self._handle))
         if hasattr(os, "posix_fadvise"):  # read ahead twice as far, also when it is the map that is read
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._alone = _read_at_random(self._handle)
         self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
         self._has_large_pages = False
         if hasattr(mmap, "MADV_HUGEPAGE"):  # read in 2 MB at once, mapped by one entry: a tenth of the kernel's time
@@ -87,20 +88,6 @@ class WeightFile:
     def another_handle(self, *, alone: bool = False) -> int:
         """Of the same open file, for whoever reads it elsewhere, as `read_into` would; to be closed."""
         return os.dup(self._alone if alone else self._handle)
-
-    @functools.cached_property
-    def _alone(self) -> int:
-        """Of the file opened once more, and read at random: how far to read ahead is a matter of each opening.
-
-        Nothing but whole requests is read so, each at once. Pages that stay should not come this way, as Linux makes
-        them small ones.
-        """
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):
-                handle = os.open(f"/proc/self/fd/{self._handle}", os.O_RDONLY)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-                return handle
-        return self._handle
 
     def _pread(self, handle: int, buffer: memoryview, start: int) -> int:
         if hasattr(os, "preadv"):
@@ -166,6 +153,22 @@ class WeightFile:
         if hasattr(mmap, name):
             page = start - start % mmap.PAGESIZE
             self._map.madvise(getattr(mmap, name), page, stop - page)
+
+
+def _read_at_random(handle: int) -> int:
+    """A handle of the same file, opened once more: how far the kernel reads ahead is a matter of each opening.
+
+    `handle` itself where that cannot be had. Pages that stay should not come this way, as Linux makes them small ones.
+    """
+    if sys.platform != "linux":
+        return handle
+    try:
+        another = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY)
+    except OSError:
+        return handle
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(another, 0, 0, os.POSIX_FADV_RANDOM)
+    return another
 
 
 @functools.cache

@@ -50,8 +50,8 @@ def measure(path: Path, point: tuple[int, int, int, str, float], steps: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         seen: Watched = watch_stage(args, int(cap * 10**9), Path(folder))
     found: dict[str, Any] = {"size": f"{width}x{height}", "text_tokens": text_tokens, "dtype": dtype, "cap_gb": cap}
-    if seen.error:
-        return {**found, "error": seen.error}
+    if seen.error or len(seen.steps) < 3:
+        return {**found, "error": seen.error or "the stage told of fewer than two steps"}
     cpu_s = [after.cpu_s - before.cpu_s for before, after in pairwise(seen.steps[1:])]
     blocks_s = [[block_s for _, block_s in step] for step in seen.blocks_s[1:]]
     best_s = [min(block) for block in zip(*blocks_s, strict=True)]

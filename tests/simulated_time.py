@@ -157,7 +157,7 @@ class Reads:
         speed = machine.speed
         self._bytes_per_s = min(speed.thread_bytes_per_s, speed.read_bytes_per_s / threads)
 
-    def begin(self, file: WeightFile, start: int, memory: torch.Tensor) -> SimulatedRead:
+    def begin(self, file: WeightFile, start: int, memory: torch.Tensor, *, alone: bool = False) -> SimulatedRead:
         self._machine.now_s += self._machine.speed.begin_s
         self._turn = (self._turn + 1) % len(self._ends_s)
         begins_s = max(self._ends_s[self._turn], self._machine.now_s)

@@ -219,6 +219,9 @@ def test_seconds_are_those_of_the_slowest_way() -> None:
     assert shared.step_s == pytest.approx(shared.streamed_bytes / 1e8 / shared.together), "moved once for all of them"
     assert plan(24).step_s == pytest.approx(72.4e12 / 25e12, rel=0.05), "72.4 TFLOP a step, and the expansion"
     assert plan(24, device=replace(CARD, flops_per_s=None)).step_s is None
+    values = 4 * 4504 * 3072 * 57
+    gelu_s = plan(24, device=replace(CARD, gelu_per_s=1e9)).step_s - plan(24).step_s  # type: ignore[operator]
+    assert gelu_s == pytest.approx(values / 1e9, rel=0.05), "in the middle of every block's MLP"
 
 
 def test_the_disk_is_the_limit_where_the_file_does_not_stay_in_ram() -> None:

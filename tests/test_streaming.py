@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from fluxsplit import background_reads, checkpoint, pinned, reader, weights
 from fluxsplit import streaming as streaming_room
 from fluxsplit.conditioning import Conditioning, read_conditioning
 from fluxsplit.errors import FluxsplitError
-from fluxsplit.file_spans import Span
-from fluxsplit.read_ahead import ReadAhead, spans, with_surroundings
+from fluxsplit.file_spans import Span, with_surroundings
+from fluxsplit.read_ahead import ReadAhead, spans
 from fluxsplit.reader import Run
 from fluxsplit.stored_layers import StoredLinear
 from fluxsplit.streaming import Streaming, attach, layout
@@ -352,6 +352,9 @@ def test_what_does_not_stay_in_ram_is_read_in_every_pass_and_given_back(
             for span in of_block:
                 most = max([0, *(min(stop, span.stop) - max(start, span.start) for start, stop in given)])
                 assert most == (span.bytes if number in fleeting else 0)
+        everywhere = list(chain.from_iterable(spans))
+        widened = [w for number in fleeting for w in with_surroundings(spans[number], everywhere)]
+        assert {(span.start, span.stop) for span in widened} < given or not fleeting, "and each piece as it comes"
     everything, alone = read.bytes // 3, alone_bytes.bytes // 3
     assert counts == [((n + 1) * everything, (n + 1) * alone) for n in range(3)]
     assert everything >= block_bytes(flux)
@@ -409,18 +412,23 @@ def test_what_is_read_alone_brings_nothing_else_into_ram(
     if by_library and not background_reads._works():
         pytest.skip("the C library has no such reads")
     monkeypatch.setattr(background_reads, "_works", lambda: by_library)
-    opened, reads = not_in_ram(tmp_path / "bytes", 48 << 20), background_reads.reads_by(2)
-    memory = torch.zeros(2, 6 << 20, dtype=torch.uint8)
-    begun = [
-        reads.begin(opened, start, part, alone=True) for start, part in zip((4 << 20, 10 << 20), memory, strict=True)
-    ]
-    for read in begun:
-        read.wait()
-    reads.close()
-    assert is_in_ram(opened, 4 << 20, 16 << 20)
-    for page in (*range(0, 4 << 20, mmap.PAGESIZE), *range(16 << 20, 48 << 20, mmap.PAGESIZE)):
-        assert not is_in_ram(opened, page, page + 1), page
-    assert memory.flatten().numpy().tobytes() == (tmp_path / "bytes").read_bytes()[4 << 20 : 16 << 20]
+    first, stop, last = 4 << 20, 32 << 20, 64 << 20
+
+    def in_ram_besides(alone: bool) -> int:
+        """Of the pages that were not asked for, how many were brought in."""
+        opened, reads = not_in_ram(tmp_path / "bytes", last), background_reads.reads_by(2)
+        memory = torch.zeros(stop - first, dtype=torch.uint8)
+        reads.begin(opened, first, memory, alone=alone).wait()
+        reads.close()
+        others = (*range(0, first, mmap.PAGESIZE), *range(stop, last, mmap.PAGESIZE))
+        count = sum(is_in_ram(opened, page, page + 1) for page in others)
+        assert is_in_ram(opened, first, stop)
+        assert memory.numpy().tobytes() == (tmp_path / "bytes").read_bytes()[first:stop]
+        return count
+
+    if not in_ram_besides(alone=False):
+        pytest.skip("nothing is read ahead here")
+    assert in_ram_besides(alone=True) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped ahead on Linux alone")
