@@ -21,7 +21,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from torch import nn
@@ -147,8 +146,8 @@ class Streaming:
         order = sorted(self._streamed)
         self._order = iter(order) if once else itertools.cycle(order)
         self._fresh, self._pinnable = set(self._streamed), pinnable
-        spans = [[run.span for run in runs] for runs in self._runs]
-        self._given_back = {n: with_surroundings(spans[n], list(chain.from_iterable(spans))) for n in fleeting}
+        needed = [run.span for runs in self._runs for run in runs]
+        self._given_back = {n: with_surroundings([run.span for run in self._runs[n]], needed) for n in fleeting}
         self._as_card = device.type == "cuda" if as_card is None else as_card
         count = PIECES * readers if pieces is None else pieces
         streams = (self._stream(), self._stream())

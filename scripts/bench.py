@@ -11,10 +11,11 @@ It runs the product's own sample stage in its own process, once for each cap, wi
 the process from outside: RssAnon every 5 ms from its start, imports included, CPU seconds at each step. On a card the
 allocator is capped (`set_per_process_memory_fraction`) and `--vram` is the same number; on a CPU a cap is the budget
 alone. The floor, max(compute, transfer), is measured in the same run with as many threads: the step's matrix products
-without anything round them, the file read raw, and pinned memory copied to the card. On a CPU all seconds that are
-compared are CPU seconds, since wall seconds of a shared machine say nothing; the products are measured before and after
-each run there, and their mean counts, as a machine may be a tenth slower a minute later. `quiet` and, with `--between`,
-`beside` take steps apart, for a machine that others use. Linux only. The last line is JSON.
+without anything round them, the file read raw, and pinned memory copied to the card. On a CPU seconds that are
+compared are CPU seconds, as wall seconds of a shared machine say little, unless a name has `wall`; the products are
+measured before and after each run there, and their mean counts, as a machine may be a tenth slower a minute later.
+`quiet` and, with `--between`, `beside` take steps apart, for a machine that others use. Linux only. The last line is
+JSON.
 """
 
 from __future__ import annotations
